@@ -67,7 +67,7 @@ bench: build $(VENV)/.peers ## benchmarks beside torch, DeepSpeed, bitsandbytes 
 # With the Python that is there, since a GPU machine brings its own torch, and without a network.
 gpu-report: ## on a GPU machine: GPU tests and benchmarks into benchmarks/results/<card>.json
 	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) benchmarks/gpu_report.py $(ARGS)
+	$(PYTHON) -m benchmarks.gpu_report $(ARGS)
 
 # A package of its own under build/, tests beside it, so that its module is the one imported. The sanitizer's
 # library must come first in the process; leaks are not looked for, since Python and torch keep memory at exit.
