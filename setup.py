@@ -29,10 +29,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 CSRC = Path("csrc")
+BINDINGS = CSRC / "bindings.cpp"
 CPU_KERNELS = CSRC / "cpu" / "kernels.cpp"  # one text, compiled once per instruction set
 
 X86_64 = platform.machine() in ("x86_64", "AMD64")
-ISA_FLAGS = {"baseline": []}
+ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if X86_64:
     ISA_FLAGS["avx2"] = ["-mavx2"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -219,18 +220,20 @@ class BuildExt(build_ext):
             name = "-".join(source.relative_to(CSRC).parts) + variant + ".o"
             return Object(source, folder / name, tuple(command))
 
+        binding = [*cxx, f"-I{python}", f"-I{pybind11.get_include()}"]
+        binding += ["-DPYSHARD_CUDA"] if self.cuda.nvcc else []
         made = []
         for source in sorted(CSRC.rglob("*.cpp")):
             if source == CPU_KERNELS:
                 for isa, isa_flags in ISA_FLAGS.items():
                     made.append(make(source, [*cxx, f"-DPYSHARD_ISA={isa}", *isa_flags], f"-{isa}"))
-            elif source == CSRC / "bindings.cpp":
+            elif source.parent == CPU_KERNELS.parent:
+                made.append(make(source, cxx))  # knows neither Python nor CUDA
+            elif source == BINDINGS:
                 note = f"-DPYSHARD_BUILD_NOTE={json.dumps(self.cuda.note)}"
-                includes = [f"-I{python}", f"-I{pybind11.get_include()}"]
-                cuda = ["-DPYSHARD_CUDA"] if self.cuda.nvcc else []
-                made.insert(0, make(source, [*cxx, note, *cuda, *includes]))
+                made.insert(0, make(source, [*binding, note]))
             else:
-                made.append(make(source, cxx))
+                made.append(make(source, binding))
         if self.cuda.nvcc:
             nvcc = [self.cuda.nvcc, *NVCC_FLAGS]
             if len(words("CXX")) == 1:  # with flags or a wrapper it is no host compiler for nvcc
