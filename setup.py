@@ -36,7 +36,15 @@ X86_64 = platform.machine() in ("x86_64", "AMD64")
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if X86_64:
     ISA_FLAGS["avx2"] = ["-mavx2"]
-    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    ISA_FLAGS["avx512"] = [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mf16c",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ]
     # gcc 12 warns about its own intrinsics, whose undefined operands are meant to be undefined.
     ISA_FLAGS["avx512"] += ["-Wno-maybe-uninitialized"]
 
@@ -223,17 +231,6 @@ class BuildExt(build_ext):
         binding = [*cxx, f"-I{python}", f"-I{pybind11.get_include()}"]
         binding += ["-DPYSHARD_CUDA"] if self.cuda.nvcc else []
         made = []
-        for source in sorted(CSRC.rglob("*.cpp")):
-            if source == CPU_KERNELS:
-                for isa, isa_flags in ISA_FLAGS.items():
-                    made.append(make(source, [*cxx, f"-DPYSHARD_ISA={isa}", *isa_flags], f"-{isa}"))
-            elif source.parent == CPU_KERNELS.parent:
-                made.append(make(source, cxx))  # knows neither Python nor CUDA
-            elif source == BINDINGS:
-                note = f"-DPYSHARD_BUILD_NOTE={json.dumps(self.cuda.note)}"
-                made.insert(0, make(source, [*binding, note]))
-            else:
-                made.append(make(source, binding))
         if self.cuda.nvcc:
             nvcc = [self.cuda.nvcc, *NVCC_FLAGS]
             if len(words("CXX")) == 1:  # with flags or a wrapper it is no host compiler for nvcc
@@ -243,6 +240,17 @@ class BuildExt(build_ext):
             newest = f"compute_{self.cuda.targets[-1]}"
             nvcc += ["-gencode", f"arch={newest},code={newest}"]
             made += [make(source, nvcc) for source in sorted(CSRC.rglob("*.cu"))]
+        for source in sorted(CSRC.rglob("*.cpp")):
+            if source == CPU_KERNELS:
+                for isa, isa_flags in ISA_FLAGS.items():
+                    made.append(make(source, [*cxx, f"-DPYSHARD_ISA={isa}", *isa_flags], f"-{isa}"))
+            elif source.parent == CPU_KERNELS.parent:
+                made.append(make(source, cxx))  # knows neither Python nor CUDA
+            elif source == BINDINGS:
+                note = f"-DPYSHARD_BUILD_NOTE={json.dumps(self.cuda.note)}"
+                made.append(make(source, [*binding, note]))
+            else:
+                made.append(make(source, binding))
         return made
 
     def link(self, objects: list[str], output: Path) -> None:

@@ -1,0 +1,225 @@
+// The CPU kernels: plain loops over the scalar functions of adam.h and formats.h, compiled once per instruction set
+// (PYSHARD_ISA = baseline, avx2, avx512) and vectorized by the compiler. Body and tail of a loop are the same
+// operations, so the bits do not depend on where a range begins or ends.
+//
+// Only functions with internal linkage here: an inline function shared with another translation unit could be merged
+// by the linker into a copy that needs instructions the machine lacks.
+#include "kernels.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if !defined(PYSHARD_ISA)
+#error "compile with -DPYSHARD_ISA=baseline, avx2 or avx512"
+#endif
+
+namespace pyshard {
+namespace {
+
+template <int32_t kFormat, bool kGradF32, bool kCoupled, bool kAmsgrad>
+void adam_range(const AdamRow& row, const AdamScalars& scalars, int64_t begin, int64_t end) {
+  const AdamScalars s = scalars;
+  float* __restrict__ param32 = static_cast<float*>(row.param);
+  uint16_t* __restrict__ param16 = static_cast<uint16_t*>(row.param);
+  int16_t* __restrict__ remainder = static_cast<int16_t*>(row.low);
+  float* __restrict__ master = static_cast<float*>(row.low);
+  const float* __restrict__ grad32 = static_cast<const float*>(row.grad);
+  const uint16_t* __restrict__ grad16 = static_cast<const uint16_t*>(row.grad);
+  float* __restrict__ exp_avg = row.exp_avg;
+  float* __restrict__ exp_avg_sq = row.exp_avg_sq;
+  float* __restrict__ max_exp_avg_sq = row.max_exp_avg_sq;
+  constexpr bool kHalf = kFormat == kFp16Master || kFormat == kFp16None;
+
+  for (int64_t i = begin; i < end; ++i) {
+    float p;
+    if constexpr (kFormat == kF32) p = param32[i];
+    if constexpr (kFormat == kBf16Split) p = join_master(param16[i], remainder[i]);
+    if constexpr (kFormat == kBf16Master)
+      p = live_master(master[i], float_to_bf16(master[i]), param16[i], bf16_to_float(param16[i]));
+    if constexpr (kFormat == kFp16Master)
+      p = live_master(master[i], float_to_fp16(master[i]), param16[i], fp16_to_float(param16[i]));
+    if constexpr (kFormat == kBf16None) p = bf16_to_float(param16[i]);
+    if constexpr (kFormat == kFp16None) p = fp16_to_float(param16[i]);
+
+    float g;
+    if constexpr (kGradF32) g = grad32[i];
+    if constexpr (!kGradF32 && kHalf) g = fp16_to_float(grad16[i]);
+    if constexpr (!kGradF32 && !kHalf) g = bf16_to_float(grad16[i]);
+
+    float m = exp_avg[i], v = exp_avg_sq[i], vmax = 0.0f;
+    if constexpr (kAmsgrad) vmax = max_exp_avg_sq[i];
+    adam_update<kCoupled, kAmsgrad>(p, m, v, vmax, g, s);
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if constexpr (kAmsgrad) max_exp_avg_sq[i] = vmax;
+
+    if constexpr (kFormat == kF32) param32[i] = p;
+    if constexpr (kFormat == kBf16Split) {
+      const Split parts = split_master(p);
+      param16[i] = parts.high;
+      remainder[i] = parts.low;
+    }
+    if constexpr (kFormat == kBf16Master || kFormat == kFp16Master) master[i] = p;
+    if constexpr (kFormat == kBf16Master || kFormat == kBf16None) param16[i] = float_to_bf16(p);
+    if constexpr (kFormat == kFp16Master || kFormat == kFp16None) param16[i] = float_to_fp16(p);
+  }
+}
+
+template <int32_t kDtype>
+struct Element;
+template <>
+struct Element<kFloat32> {
+  using Type = float;
+  PYSHARD_HD float decode(float x) { return x; }
+  PYSHARD_HD float encode(float x) { return x; }
+};
+template <>
+struct Element<kBfloat16> {
+  using Type = uint16_t;
+  PYSHARD_HD float decode(uint16_t x) { return bf16_to_float(x); }
+  PYSHARD_HD uint16_t encode(float x) { return float_to_bf16(x); }
+};
+template <>
+struct Element<kFloat16> {
+  using Type = uint16_t;
+  PYSHARD_HD float decode(uint16_t x) { return fp16_to_float(x); }
+  PYSHARD_HD uint16_t encode(float x) { return float_to_fp16(x); }
+};
+
+double combine_lanes(double* lanes) {
+  for (int64_t width = kNormLanes / 2; width > 0; width /= 2)
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = lanes[lane] + lanes[lane + width];
+  return lanes[0];
+}
+
+// Adds squares of one row of lanes. The product of two 24-bit mantissas is exact in double, so a fused multiply-add
+// gives the same bits as a multiplication and an addition.
+template <int32_t kDtype>
+PYSHARD_HD void add_squares(double* __restrict__ lanes, const typename Element<kDtype>::Type* __restrict__ x,
+                            int64_t width) {
+  for (int64_t lane = 0; lane < width; ++lane) {
+    const double value = static_cast<double>(Element<kDtype>::decode(x[lane]));
+    lanes[lane] = lanes[lane] + value * value;
+  }
+}
+
+#if defined(__AVX512F__)
+// Whole blocks with accumulators in registers; the compiler alone keeps them in memory, at half
+// the speed (measured 2.1 against 1.1 ms for 33.5 M bf16 on two cores).
+PYSHARD_HD __m512d load_wide(const float* x) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(x)); }
+
+template <int32_t kDtype>
+PYSHARD_HD __m512d load_wide(const uint16_t* x) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  if constexpr (kDtype == kBfloat16)
+    return _mm512_maskz_cvtps_pd(0xff, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+  else
+    return _mm512_maskz_cvtps_pd(0xff, _mm256_cvtph_ps(halves));
+}
+
+template <int32_t kDtype>
+PYSHARD_HD void add_block(double* __restrict__ lanes, const typename Element<kDtype>::Type* __restrict__ x) {
+  constexpr int64_t kVectors = 16;
+  for (int64_t lane = 0; lane < kNormLanes; lane += 8 * kVectors) {
+    __m512d sums[kVectors] = {};
+    for (int64_t row = 0; row < kNormRows; ++row) {
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kVectors; ++j) {
+        const auto* at = x + row * kNormLanes + lane + j * 8;
+        __m512d wide;
+        if constexpr (kDtype == kFloat32)
+          wide = load_wide(at);
+        else
+          wide = load_wide<kDtype>(at);
+        sums[j] = _mm512_fmadd_pd(wide, wide, sums[j]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kVectors; ++j) _mm512_storeu_pd(lanes + lane + j * 8, sums[j]);
+  }
+}
+#else
+template <int32_t kDtype>
+PYSHARD_HD void add_block(double* __restrict__ lanes, const typename Element<kDtype>::Type* __restrict__ x) {
+  for (int64_t row = 0; row < kNormRows; ++row) add_squares<kDtype>(lanes, x + row * kNormLanes, kNormLanes);
+}
+#endif
+
+template <int32_t kDtype>
+double square_sum(const void* values, int64_t count) {
+  const auto* x = static_cast<const typename Element<kDtype>::Type*>(values);
+  double lanes[kNormLanes] = {};
+  if (count == kNormBlock) {
+    add_block<kDtype>(lanes, x);
+  } else {
+    for (int64_t row = 0; row < count; row += kNormLanes)
+      add_squares<kDtype>(lanes, x + row, count - row < kNormLanes ? count - row : kNormLanes);
+  }
+  return combine_lanes(lanes);
+}
+
+double sum(const double* __restrict__ values, int64_t count) {
+  double lanes[kNormLanes] = {};
+  for (int64_t row = 0; row < count; row += kNormLanes) {
+    const int64_t width = count - row < kNormLanes ? count - row : kNormLanes;
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = lanes[lane] + values[row + lane];
+  }
+  return combine_lanes(lanes);
+}
+
+template <int32_t kFrom, int32_t kTo>
+void cast(const void* src, void* dst, int64_t begin, int64_t end) {
+  const typename Element<kFrom>::Type* __restrict__ x = static_cast<const typename Element<kFrom>::Type*>(src);
+  typename Element<kTo>::Type* __restrict__ y = static_cast<typename Element<kTo>::Type*>(dst);
+  for (int64_t i = begin; i < end; ++i) y[i] = Element<kTo>::encode(Element<kFrom>::decode(x[i]));
+}
+
+void split(const float* __restrict__ master, uint16_t* __restrict__ high, int16_t* __restrict__ low, int64_t begin,
+           int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Split parts = split_master(master[i]);
+    high[i] = parts.high;
+    low[i] = parts.low;
+  }
+}
+
+void join(const uint16_t* __restrict__ high, const int16_t* __restrict__ low, float* __restrict__ master,
+          int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) master[i] = join_master(high[i], low[i]);
+}
+
+void increment(float* __restrict__ values, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) values[i] = values[i] + 1.0f;
+}
+
+// clang-format off
+#define PYSHARD_SWITCHES(format, grad_is_f32)                                                         \
+  adam_range<format, grad_is_f32, false, false>, adam_range<format, grad_is_f32, false, true>,        \
+  adam_range<format, grad_is_f32, true, false>, adam_range<format, grad_is_f32, true, true>
+#define PYSHARD_JOIN_(a, b) a##b
+#define PYSHARD_JOIN(a, b) PYSHARD_JOIN_(a, b)
+#define PYSHARD_STRING_(a) #a
+#define PYSHARD_STRING(a) PYSHARD_STRING_(a)
+// clang-format on
+
+}  // namespace
+
+const Kernels PYSHARD_JOIN(kernels_, PYSHARD_ISA) = {
+    PYSHARD_STRING(PYSHARD_ISA),
+    {nullptr, nullptr, nullptr, nullptr, PYSHARD_SWITCHES(kF32, true),  //
+     PYSHARD_SWITCHES(kBf16Split, false), PYSHARD_SWITCHES(kBf16Split, true), PYSHARD_SWITCHES(kBf16Master, false),
+     PYSHARD_SWITCHES(kBf16Master, true), PYSHARD_SWITCHES(kFp16Master, false), PYSHARD_SWITCHES(kFp16Master, true),
+     PYSHARD_SWITCHES(kBf16None, false), PYSHARD_SWITCHES(kBf16None, true), PYSHARD_SWITCHES(kFp16None, false),
+     PYSHARD_SWITCHES(kFp16None, true)},
+    {square_sum<kFloat32>, square_sum<kBfloat16>, square_sum<kFloat16>},
+    sum,
+    {{nullptr, cast<kFloat32, kBfloat16>, cast<kFloat32, kFloat16>},
+     {cast<kBfloat16, kFloat32>, nullptr, nullptr},
+     {cast<kFloat16, kFloat32>, nullptr, nullptr}},
+    split,
+    join,
+    increment,
+};
+
+}  // namespace pyshard

@@ -1,0 +1,45 @@
+// The CPU kernels of one instruction set, as a table of function pointers. kernels.cpp is compiled once per
+// instruction set and defines one table each; runtime.cpp picks a table and walks tensors with it.
+#pragma once
+
+#include "../adam.h"
+
+namespace pyshard {
+
+constexpr int64_t kNormLanes = 128;          // double accumulators of a block, 16 AVX-512 registers
+constexpr int64_t kNormBlock = 4096;         // elements whose squares are summed before blocks are combined
+constexpr int64_t kNormRows = kNormBlock / kNormLanes;
+
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kDtypes = 3 };
+
+// The gradient's dtype follows from the kind.
+PYSHARD_HD Dtype grad_dtype(int32_t kind) {
+  const int32_t format = kind >> 3;
+  if (kind & 4) return kFloat32;
+  return format == kFp16Master || format == kFp16None ? kFloat16 : format == kF32 ? kFloat32 : kBfloat16;
+}
+
+struct Kernels {
+  const char* name;
+  // Adam on elements [begin, end) of a row; null for kinds that do not exist.
+  void (*adam[kKinds])(const AdamRow& row, const AdamScalars& scalars, int64_t begin, int64_t end);
+  // Sum of squares of up to kNormBlock elements, in the order of the lanes. Squares of finite floats cannot overflow
+  // a double: the sum is inf or NaN exactly if an element is.
+  double (*square_sum[kDtypes])(const void* values, int64_t count);
+  // The same order, plain sum.
+  double (*sum)(const double* values, int64_t count);
+  // dst[i] = convert(src[i]) on [begin, end); by [from][to].
+  void (*cast[kDtypes][kDtypes])(const void* src, void* dst, int64_t begin, int64_t end);
+  void (*split)(const float* master, uint16_t* high, int16_t* low, int64_t begin, int64_t end);
+  void (*join)(const uint16_t* high, const int16_t* low, float* master, int64_t begin, int64_t end);
+  // values[i] += 1: the read-write sweep that benchmarks take as the machine's limit.
+  void (*increment)(float* values, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_baseline;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace pyshard

@@ -1,0 +1,4 @@
+#include "bindings.h"
+namespace pyshard {
+void bind_cuda(pybind11::module_&) {}
+}

@@ -1,0 +1,149 @@
+"""All checks of tensors before their addresses go to a kernel. The kernels themselves take everything on trust.
+
+Each function raises before anything has been changed. Messages say what, what was got, what was expected, and the
+remedy; `who` opens them and names the caller.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_param(who: str, name: str, param: Tensor) -> None:
+    """A parameter's dtype and layout."""
+    if param.is_complex():
+        raise TypeError(
+            f"{who}: {name} is complex ({param.dtype}); expected a real floating-point parameter. "
+            "Hold its real and imaginary parts as two parameters (torch.view_as_real)."
+        )
+    if param.dtype not in _FLOATS:
+        raise TypeError(
+            f"{who}: {name} has dtype {param.dtype}; expected float32, bfloat16, float16 or float64. "
+            "Convert the parameter, or leave it out of the optimizer."
+        )
+    if param.layout != torch.strided:
+        raise TypeError(
+            f"{who}: {name} has layout {param.layout}; expected a dense (strided) parameter. Use param.to_dense()."
+        )
+    if param.device.type == "meta":
+        raise ValueError(
+            f"{who}: {name} is on the meta device and has no memory. Materialize the model first "
+            "(model.to_empty(device=...) and initialize it)."
+        )
+    if overlaps_itself(param):
+        raise ValueError(
+            f"{who}: {name} has shape {tuple(param.shape)} and stride {param.stride()}: several of its elements share "
+            "memory. Expected a parameter of its own; use param.contiguous() or .clone()."
+        )
+
+
+def check_grad(who: str, name: str, param: Tensor, grad: Tensor) -> None:
+    """A gradient against its parameter."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{who}: {name} has a sparse gradient (layout {grad.layout}); expected a dense one. "
+            "Use sparse=False in the embedding, or torch.optim.SparseAdam for this parameter."
+        )
+    if grad.dtype not in (param.dtype, torch.float32):
+        expected = {str(param.dtype).removeprefix("torch."), "float32"}
+        raise ValueError(
+            f"{who}: {name} has a {str(grad.dtype).removeprefix('torch.')} gradient for a "
+            f"{str(param.dtype).removeprefix('torch.')} parameter; expected {' or '.join(sorted(expected))}. "
+            "Convert the gradient."
+        )
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"{who}: {name} has shape {tuple(param.shape)} and a gradient of shape {tuple(grad.shape)}; "
+            "expected equal shapes. Clear the gradient (zero_grad) and run backward again."
+        )
+    if grad.device != param.device:
+        raise ValueError(
+            f"{who}: {name} is on {param.device} and its gradient on {grad.device}; expected one device. "
+            "Move the model before backward, or the gradient with .to()."
+        )
+
+
+def check_state(who: str, name: str, param: Tensor, key: str, value: object, dtype: torch.dtype) -> None:
+    """A state tensor (moment, remainder, master) against its parameter."""
+    if not isinstance(value, Tensor) or value.shape != param.shape or value.dtype != dtype:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{who}: state {key!r} of {name} is {got}; expected {dtype} {tuple(param.shape)}. "
+            "Load a state_dict that belongs to this model, or delete the parameter's state to start afresh."
+        )
+    if value.device != param.device:
+        raise ValueError(
+            f"{who}: state {key!r} of {name} is on {value.device} and the parameter on {param.device}; expected one "
+            "device. Move the state back before step()."
+        )
+
+
+class Region(NamedTuple):
+    """A tensor that a kernel touches, and what it is called in messages."""
+
+    name: str
+    tensor: Tensor
+    written: bool
+
+
+def check_overlap(who: str, regions: Iterable[Region]) -> None:
+    """No written tensor may share memory with another tensor of the step."""
+    spans = []
+    for region in regions:
+        if region.tensor.numel():
+            start = region.tensor.data_ptr()
+            spans.append((region.tensor.device, start, start + _extent(region.tensor), region))
+    spans.sort(key=lambda s: (str(s[0]), s[1], s[2]))
+    open_spans: list[tuple[torch.device, int, int, Region]] = []
+    for span in spans:
+        open_spans = [s for s in open_spans if s[0] == span[0] and s[2] > span[1]]
+        for other in open_spans:
+            if (span[3].written or other[3].written) and _share_memory(span[3].tensor, other[3].tensor):
+                raise ValueError(
+                    f"{who}: {other[3].name} and {span[3].name} share memory; expected tensors of their own. "
+                    "Pass a tied parameter once, and clone() views of one another."
+                )
+        open_spans.append(span)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """True if two elements of a strided tensor may share an address (expanded or interleaved views)."""
+    if tensor.is_contiguous() or tensor.numel() < 2:
+        return False
+    reach = 0  # in elements, of the dimensions seen so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return _extent(tensor) == tensor.numel() * tensor.element_size()
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Exact for two tensors whose address ranges meet."""
+    if _is_dense(a) and _is_dense(b):
+        return True
+    base = min(a.data_ptr(), b.data_ptr())
+    size = max(a.data_ptr() + _extent(a), b.data_ptr() + _extent(b)) - base
+    used = []
+    for tensor in (a, b):
+        mask = torch.zeros(size, dtype=torch.bool)
+        width = tensor.element_size()
+        strides = [s * width for s in tensor.stride()]
+        mask.as_strided((*tensor.shape, width), (*strides, 1), tensor.data_ptr() - base).fill_(True)
+        used.append(mask)
+    return bool((used[0] & used[1]).any())

@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from .adam import Adam, AdamW
+
+__all__ = ["Adam", "AdamW"]

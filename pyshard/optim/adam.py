@@ -1,0 +1,404 @@
+"""pyshard.AdamW and pyshard.Adam: torch's optimizers with one fused pass over memory.
+
+The classes keep torch's signature, param_groups and state_dict. What a step does: see Adam.step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..kernels.launch import HostLaunch
+from ..kernels.reference import clip_coefficient
+from ..kernels.registry import requested
+from . import explain, state
+from .plan import Plan, make_plan
+
+_CHOICES = {
+    "master_weights": ("auto", "fp32", "split", "none"),
+    "moments": ("fp32", "int8"),
+    "nonfinite": ("propagate", "skip", "raise"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What pyshard adds to torch's arguments; the same for all groups."""
+
+    master_weights: str
+    moments: str
+    nonfinite: str
+    max_grad_norm: float | None
+    backend: str
+
+    def check(self, who: str) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{who}: {name}={getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+        if self.moments == "int8":
+            raise ValueError(f"{who}: moments='int8' is not built yet; expected 'fp32'. Leave the argument out.")
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+            raise ValueError(
+                f"{who}: max_grad_norm={norm!r}; expected a positive number, or None for no clipping. "
+                "float('inf') computes grad_norm without clipping."
+            )
+        requested(self.backend)
+
+
+class Adam(Optimizer):
+    """Adam with coupled (L2) weight decay, as torch.optim.Adam, fused into one pass over memory.
+
+    Per element, in fp32, each operation rounded on its own::
+
+        g = grad * grad_scale                       # unscale, clip coefficient, maximize
+        g = g + weight_decay * p                    # Adam;   AdamW: p = p * (1 - lr*weight_decay)
+        m = m + (1-beta1) * (g - m)
+        v = beta2 * v + (1-beta2) * g*g
+        p = p - lr/bias1 * m / (sqrt(v) / sqrt(bias2) + eps)
+
+    The bits of the result do not depend on backend, instruction set, number of threads or grouping of parameters.
+
+    Args:
+        params: parameters, dicts of groups, or (name, parameter) pairs, as torch.optim takes them. fp32, bf16, fp16
+            (C++ or Triton or CUDA kernels) or fp64 (the reference path); any layout without shared elements.
+            DTensors are updated through their local shards.
+        lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in torch.optim. lr may be a tensor.
+            capturable keeps step counts, lr and the non-finite flag on the GPU: a step never waits for the device
+            and can be captured in a CUDA graph.
+        foreach, fused: accepted for compatibility; every step is fused. fused=True also makes GradScaler leave
+            unscaling and skipping to step(), as in torch.
+        differentiable: must be False.
+        master_weights: how the fp32 master of a 16-bit parameter is kept. "split": bf16 parameter = upper half,
+            int16 remainder = lower half, exact, 2 more bytes per element; "fp32": a full copy, 4 bytes; "none";
+            "auto": split for bf16, fp32 for fp16. A weight that is written between steps becomes the master.
+        moments: "fp32".
+        nonfinite: when a gradient holds inf or NaN: "propagate" (as torch), "skip" the whole step, or "raise"
+            FloatingPointError; the last two change nothing.
+        max_grad_norm: clip the global norm of all gradients to this, inside the step; gradients are not written.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". A named backend never falls back.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: before anything is changed; see the message.
+
+    Source: Kingma & Ba 2015; Reddi et al. 2018 (amsgrad).
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        master_weights: str = "auto",
+        moments: str = "fp32",
+        nonfinite: str = "propagate",
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ):
+        who = f"pyshard.{type(self).__name__}"
+        self.options = Options(master_weights, moments, nonfinite, max_grad_norm, backend)
+        self.options.check(who)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay or self._decoupled,
+        }
+        _check_group(who, defaults)
+        self._reset()
+        super().__init__(params, defaults)
+        if fused:
+            self._step_supports_amp_scaling = True
+
+    def _reset(self) -> None:
+        """Forgets all that is derived from parameters and state; the next step looks at them again."""
+        self._plan: Plan | None = None
+        self._checked: list[tuple[Any, ...]] = []
+        self._groups: list[list[float]] = []
+        self._grad_norm: float | Tensor | None = None
+        self._skipped = 0
+
+    # ---- the step ----
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates all parameters that have a gradient; parameters and state change in place.
+
+        With max_grad_norm, nonfinite="skip" or "raise": one pass over the gradients, then one over everything;
+        else one pass. Each is one parallel region or launch for all tensors of a backend.
+
+        Args:
+            closure: computes the loss again, with gradients; called first.
+        Returns:
+            the closure's result, or None.
+        Raises:
+            FloatingPointError: nonfinite="raise" and a gradient holds inf or NaN.
+            ValueError, TypeError, RuntimeError: parameters, gradients or state that cannot be used.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._plan
+        if plan is None or not plan.refresh(self):
+            self._plan = None
+            plan = self._plan = make_plan(self)
+        groups = self._hyperparameters()
+        if all(type(launch) is HostLaunch for launch in plan.launches):
+            self._step_on_host(plan, groups)
+        else:
+            from ..kernels.device import step_on_device
+
+            step_on_device(self, plan.launches, groups)
+        return loss
+
+    def _step_on_host(self, plan: Plan, groups: list[list[float]]) -> None:
+        launches: list[HostLaunch] = plan.launches  # type: ignore[assignment]
+        scale, found_inf = self._amp_scale()
+        if found_inf:
+            self._skipped += 1
+            return
+        for launch in launches:
+            launch.gather()
+        options = self.options
+        if options.max_grad_norm is not None or options.nonfinite != "propagate":
+            total = 0.0
+            for launch in launches:
+                total = total + launch.square_sum()
+            norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
+            if options.nonfinite == "raise" and not math.isfinite(total):
+                raise FloatingPointError(self._nonfinite_message(launches))
+            self._grad_norm = norm
+            if options.nonfinite == "skip" and not math.isfinite(total):
+                self._skipped += 1
+                return
+            if options.max_grad_norm is not None and options.max_grad_norm != math.inf:
+                scale = scale * clip_coefficient(norm, options.max_grad_norm)
+        for launch in launches:
+            launch.adam(groups, scale)
+            launch.scatter()
+
+    def _nonfinite_message(self, launches: list[HostLaunch]) -> str:
+        name = next(n for n in (launch.first_nonfinite() for launch in launches) if n)
+        return (
+            f"pyshard.{type(self).__name__}: the gradient of {name} holds inf or NaN; expected finite gradients "
+            "(nonfinite='raise'). Nothing was changed. Lower the learning rate or the loss scale, or use "
+            "nonfinite='skip'."
+        )
+
+    def _amp_scale(self) -> tuple[float, bool]:
+        """Factor that undoes GradScaler's scale, and whether it found inf; (1, False) without a GradScaler."""
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        return scale, found_inf is not None and float(found_inf) != 0.0
+
+    def _hyperparameters(self) -> list[list[float]]:
+        """(lr, beta1, beta2, eps, weight_decay, sign, decoupled) of each group, checked when they change."""
+        groups = self.param_groups
+        now = [
+            (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g["decoupled_weight_decay"])
+            for g in groups
+        ]
+        if self._checked and not any(isinstance(v, Tensor) for known in now for v in known) and now == self._checked:
+            return self._groups
+        for group in groups:
+            _check_group(f"pyshard.{type(self).__name__}", group)
+        self._checked = now
+        self._groups = [
+            [*(_number(v) for v in known[:5]), -1.0 if known[5] else 1.0, 1.0 if known[6] else 0.0] for known in now
+        ]
+        return self._groups
+
+    # ---- what a step leaves behind ----
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the (unscaled) gradients of the last step, before clipping; a 0-d fp32 tensor.
+
+        Raises:
+            RuntimeError: no step has computed it: it needs max_grad_norm or nonfinite="skip" or "raise".
+        """
+        if self._grad_norm is None:
+            raise RuntimeError(
+                f"pyshard.{type(self).__name__}: no gradient norm yet; it is computed by step() with max_grad_norm "
+                "(float('inf') for the norm alone) or nonfinite='skip' or 'raise'."
+            )
+        if isinstance(self._grad_norm, Tensor):
+            return self._grad_norm.to(torch.float32)
+        return torch.tensor(self._grad_norm, dtype=torch.float32)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps left out because of inf or NaN. With capturable=True, reading it waits for the GPU."""
+        on_device = 0 if self._plan is None else sum(launch.skipped() for launch in self._plan.launches[:1])
+        return self._skipped + on_device
+
+    def explain(self) -> str:
+        """Which parameters take which path, how many bytes their state holds, and why."""
+        return explain.explain(self)
+
+    # ---- torch's protocol ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch.optim does; its hyperparameters are checked first."""
+        if isinstance(param_group, dict):
+            _check_group(f"pyshard.{type(self).__name__}", {**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._plan = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict; split weights appear as a plain fp32 `master` per parameter."""
+        hook = self.register_state_dict_post_hook(_save_masters, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of this class or of torch.optim's; moments and masters are kept in fp32.
+
+        The tensors are copied. Parameters are not changed: a loaded master is used where the parameter is its
+        rounding, so model and optimizer may be loaded in any order.
+        """
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: state.box(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = super().__getstate__()
+        kept["options"] = self.options
+        kept["_skipped"] = self.skipped_steps
+        if getattr(self, "_step_supports_amp_scaling", False):
+            kept["_step_supports_amp_scaling"] = True
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        skipped = kept.get("_skipped", getattr(self, "_skipped", 0))
+        self._reset()
+        super().__setstate__(kept)
+        self._skipped = skipped
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            if self._decoupled:
+                group["decoupled_weight_decay"] = True
+            for param in group["params"]:
+                loaded = self.state.get(param)
+                if loaded:
+                    self.state[param] = state.unbox(param, loaded, group["capturable"])
+
+
+class AdamW(Adam):
+    __doc__ = (
+        "AdamW: Adam with decoupled weight decay, as torch.optim.AdamW, fused into one pass over memory.\n\n"
+        "    Formula, arguments and errors are those of pyshard.Adam; weight_decay is 1e-2 by default and shrinks the\n"
+        "    weight directly (p = p * (1 - lr*weight_decay)) before the update.\n\n"
+        "    Source: Loshchilov & Hutter 2019.\n    "
+    )
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        master_weights: str = "auto",
+        moments: str = "fp32",
+        nonfinite: str = "propagate",
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            master_weights=master_weights,
+            moments=moments,
+            nonfinite=nonfinite,
+            max_grad_norm=max_grad_norm,
+            backend=backend,
+        )
+
+
+def _save_masters(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = {
+        key: state.saved(params[key], value) if isinstance(key, int) else value
+        for key, value in state_dict["state"].items()
+    }
+    return {**state_dict, "state": saved}
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value)
+
+
+def _check_group(who: str, group: dict[str, Any]) -> None:
+    """Raises for hyperparameters that torch would refuse, and for those that would train to NaN."""
+    if group["differentiable"]:
+        raise ValueError(f"{who}: differentiable=True is not supported; expected False. Use torch.optim's for that.")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError(f"{who}: fused=True and foreach=True; expected at most one. Leave both out: every step is fused.")
+    lr = group["lr"]
+    betas = group["betas"]
+    for name, value in (("lr", lr), *((f"betas[{i}]", b) for i, b in enumerate(betas))):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{who}: {name} is a tensor of shape {tuple(value.shape)}; expected one element.")
+    if len(betas) != 2:
+        raise ValueError(f"{who}: betas={betas!r}; expected two numbers.")
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # looking at it would wait for the device
+    limits = [("eps", group["eps"], math.inf), ("weight_decay", group["weight_decay"], math.inf)]
+    limits += [(f"betas[{i}]", beta, 1.0) for i, beta in enumerate(betas)]
+    if not on_device:
+        limits.append(("lr", lr, math.inf))
+    for name, value, below in limits:
+        try:
+            fits = 0.0 <= float(value) < below
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            wanted = "a finite number, at least 0" if below == math.inf else "a number in [0, 1)"
+            raise ValueError(f"{who}: {name}={value!r}; expected {wanted}.")
