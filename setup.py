@@ -240,7 +240,8 @@ class BuildExt(build_ext):
             newest = f"compute_{self.cuda.targets[-1]}"
             nvcc += ["-gencode", f"arch={newest},code={newest}"]
             made += [make(source, nvcc) for source in sorted(CSRC.rglob("*.cu"))]
-        for source in sorted(CSRC.rglob("*.cpp")):
+        # Files with bindings lie in fewer folders, and compile longest.
+        for source in sorted(CSRC.rglob("*.cpp"), key=lambda path: (len(path.parts), path)):
             if source == CPU_KERNELS:
                 for isa, isa_flags in ISA_FLAGS.items():
                     made.append(make(source, [*cxx, f"-DPYSHARD_ISA={isa}", *isa_flags], f"-{isa}"))
