@@ -115,7 +115,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert "pyshard/triton_kernels/__init__.py" in sources
     library = {name for name in names if name.endswith(".so")}
     metadata = {name for name in names if ".dist-info/" in name}
-    assert names - library - metadata == sources | {"pyshard/py.typed"}
+    assert names - library - metadata == sources | {"pyshard/py.typed", "pyshard/_C.pyi"}
     assert len(library) == 1 and library.pop().startswith("pyshard/_C.")
     assert wheel.stat().st_size <= MAX_WHEEL_BYTES, f"{wheel.stat().st_size} bytes"
 

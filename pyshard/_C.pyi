@@ -1,0 +1,7 @@
+"""What mypy sees of the compiled module. Its functions take addresses; pyshard/kernels wraps and types them."""
+
+from typing import Any
+
+build_note: str
+
+def __getattr__(name: str) -> Any: ...
