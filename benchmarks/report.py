@@ -1,0 +1,149 @@
+"""The README's picture, drawn from a committed result.
+
+python -m benchmarks.report [RESULT.json] [--out docs/benchmarks.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import RESULTS, header
+
+# case -> heading, and the rows shown: those who do the same work. All others stand in the result file.
+PANELS: dict[str, tuple[str, list[str]]] = {
+    "fp32 step": (
+        "fp32, one tensor of 33.5 M",
+        ["pyshard", "DeepSpeedCPUAdam", "torch fused", "bitsandbytes AdamW", "torch foreach"],
+    ),
+    "bf16 step, clipping": (
+        "bf16, exact fp32 master, clipping, 33.5 M",
+        ["pyshard", "DeepSpeedCPUAdam on fp32 master", "torch fused on fp32 master"],
+    ),
+    "bf16 step, no clipping": (
+        "bf16, exact fp32 master, 33.5 M",
+        ["pyshard", "DeepSpeedCPUAdam on fp32 master", "torch fused on fp32 master"],
+    ),
+    "many small, fresh gradients": (
+        "fp32, 2,000 tensors of 1,024",
+        ["pyshard", "DeepSpeedCPUAdam", "torch fused", "bitsandbytes AdamW", "torch foreach"],
+    ),
+}
+OURS, TORCH, OTHER, INK, MUTED = "#0b4f8a", "#f0a35e", "#b8c2cc", "#1f2933", "#66727f"
+
+
+def _rows(summary: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The rows to draw, fastest first."""
+    found = [row for row in summary["contestants"] if row["name"] in names]
+    return sorted(found, key=lambda row: row["median"])
+
+
+def _panel(axes: Any, title: str, summary: dict[str, Any], names: list[str]) -> None:
+    rows = _rows(summary, names)
+    longest = max(row["median"] for row in rows)
+    for y, row in enumerate(rows):
+        ours = row["name"] == "pyshard"
+        colour = OURS if ours else TORCH if row["name"].startswith("torch") else OTHER
+        axes.barh(y, row["median"], color=colour, height=0.66)
+        times = f"  {row['ratio']:.1f}x the time" if "ratio" in row and not ours else ""
+        label = f"{row['median']:.3g} {summary['unit']}"
+        text = axes.annotate(
+            label,
+            (row["median"], y),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            weight="bold",
+        )
+        axes.annotate(times, (1, 0.5), xycoords=text, va="center", color=MUTED)
+    subject = next((row for row in rows if row["name"] == "pyshard"), None)
+    if subject is not None and subject.get("roofline", 0) >= 0.5:  # bound by memory: show how close
+        limit = subject["median"] * subject["roofline"]
+        axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (3, 3)))
+        bandwidth = summary["roofline"]["gb_per_s"]
+        axes.annotate(
+            f"same bytes at the {bandwidth:.0f} GB/s\nof a plain sweep",
+            (limit, len(rows) - 0.5),
+            (4, -1),
+            textcoords="offset points",
+            va="top",
+            fontsize=7.5,
+            color=MUTED,
+        )
+    axes.set_yticks(range(len(rows)), [row["name"].replace(" on fp32 master", " + casts") for row in rows])
+    axes.set_ylim(len(rows) - 0.35, -0.6)
+    axes.set_xlim(0, longest * 1.45)
+    axes.set_title(title, loc="left", fontsize=10.5, weight="bold", color=INK)
+    axes.set_xticks([])
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    for side in ("top", "right", "bottom", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def draw(result: dict[str, Any], out: Path) -> None:
+    """A panel per case of PANELS in the result, bars of median time per step. ValueError: no such case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        (title, result["cases"][case], names)
+        for case, (title, names) in PANELS.items()
+        if case in result["cases"]
+    ]
+    if not panels:
+        raise ValueError(f"the result holds none of the cases {', '.join(PANELS)}; run `make bench` first")
+    with plt.rc_context({"font.size": 9, "font.family": "DejaVu Sans"}):
+        lines = (len(panels) + 1) // 2
+        figure, grid = plt.subplots(
+            lines, 2, figsize=(11, 2.35 * lines + 0.9), squeeze=False, layout="constrained"
+        )
+        for axes in grid.flat:
+            axes.set_axis_off() if axes in grid.flat[len(panels) :] else None
+        for axes, (title, summary, names) in zip(grid.flat, panels, strict=False):
+            _panel(axes, title, summary, names)
+        figure.suptitle(
+            "AdamW: time of one optimizer step (less is better)",
+            x=0.01,
+            ha="left",
+            weight="bold",
+            fontsize=12.5,
+        )
+        date = max(summary["date"] for _, summary, _ in panels)[:10]
+        figure.supxlabel(
+            f"{header(result['environment'])}\ninterleaved runs, medians, {date}",
+            x=0.01,
+            ha="left",
+            fontsize=7,
+            color=MUTED,
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=160)
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws docs/benchmarks.png from a result of the benchmarks.")
+    parser.add_argument(
+        "result", nargs="?", type=Path, help="default: the newest cpu-*.json in benchmarks/results/"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "docs" / "benchmarks.png")
+    options = parser.parse_args()
+    found = (
+        [options.result]
+        if options.result
+        else sorted(RESULTS.glob("cpu-*.json"), key=lambda p: p.stat().st_mtime)
+    )
+    if not found:
+        sys.exit(f"report: no result in {RESULTS}; run `make bench` first")
+    draw(json.loads(found[-1].read_text()), options.out)
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
