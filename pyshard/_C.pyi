@@ -1,4 +1,4 @@
-"""What mypy sees of the compiled module. Its functions take addresses; pyshard/kernels wraps and types them."""
+"""The compiled module for mypy. Its functions take addresses; pyshard/kernels wraps and types them."""
 
 from typing import Any
 
