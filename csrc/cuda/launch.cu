@@ -1,31 +1,122 @@
-// The kernels, and their launches on a stream. The names are extern "C" so that they are easy to find in PTX.
+// The kernels, and their launches. The kernels' names are extern "C", so that they are found in PTX and in profilers.
 #include <cuda_runtime_api.h>
 
-#include "bodies.cuh"
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
 
 namespace pyshard {
 
-extern "C" __global__ void __launch_bounds__(kThreads) pyshard_adam(AdamArgs args) { adam_body(args, blockIdx.x, static_cast<int>(threadIdx.x)); }
-
-template <class Args, class Phase>
-__device__ __forceinline__ void reduce(const Args& args, double* out, Phase phase) {
+// A block's sum: a phase that fills the lanes, and the halvings of the lanes.
+template <class Args>
+__device__ __forceinline__ void sum_block(const Args& args, double* out) {
   __shared__ double lanes[kNormLanes];
   const int thread = static_cast<int>(threadIdx.x);
-  phase(args, blockIdx.x, thread, lanes);
+  fill_lanes(args, blockIdx.x, thread, lanes);
   for (int width = kNormLanes / 2; width > 0; width /= 2) {
     __syncthreads();
-    halve_phase(lanes, width, thread);
+    halve_lanes(lanes, width, thread);
   }
-  if (thread == 0) out[blockIdx.x] = lanes[0];
+  if (thread == 0) out[blockIdx.x] = lanes[0];  // which this thread has written itself
 }
-extern "C" __global__ void __launch_bounds__(kNormThreads) pyshard_square_sum(SquareSumArgs args) {
-  reduce(args, args.partials, [](const SquareSumArgs& a, int64_t b, int t, double* l) {square_sum_phase(a,b,t,l);});
+
+extern "C" {
+
+__global__ void __launch_bounds__(kThreads) pyshard_adam(AdamArgs args) {
+  adam_body(args, blockIdx.x, static_cast<int>(threadIdx.x));
 }
-extern "C" __global__ void __launch_bounds__(kNormThreads) pyshard_sum(SumArgs args) {
-  reduce(args, args.out, [](const SumArgs& a, int64_t b, int t, double* l) {sum_phase(a,b,t,l);});
+
+__global__ void __launch_bounds__(kNormThreads) pyshard_square_sum(SquareSumArgs args) {
+  sum_block(args, args.partials);
 }
-extern "C" __global__ void __launch_bounds__(kThreads) pyshard_prepare(PrepareArgs args) { prepare_body(args, blockIdx.x, static_cast<int>(threadIdx.x)); }
-extern "C" __global__ void __launch_bounds__(kThreads) pyshard_cast(CastArgs args) { convert_body(args, blockIdx.x, static_cast<int>(threadIdx.x)); }
-extern "C" __global__ void __launch_bounds__(kThreads) pyshard_split(SplitArgs args) { convert_body(args, blockIdx.x, static_cast<int>(threadIdx.x)); }
-extern "C" __global__ void __launch_bounds__(kThreads) pyshard_join(JoinArgs args) { convert_body(args, blockIdx.x, static_cast<int>(threadIdx.x)); }
+
+__global__ void __launch_bounds__(kNormThreads) pyshard_sum(SumArgs args) { sum_block(args, args.out); }
+
+__global__ void __launch_bounds__(kThreads) pyshard_prepare(PrepareArgs args) {
+  prepare_body(args, blockIdx.x, static_cast<int>(threadIdx.x));
 }
+
+__global__ void __launch_bounds__(kThreads) pyshard_cast(CastArgs args) {
+  cast_body(args, blockIdx.x, static_cast<int>(threadIdx.x));
+}
+
+__global__ void __launch_bounds__(kThreads) pyshard_split(SplitArgs args) {
+  split_body(args, blockIdx.x, static_cast<int>(threadIdx.x));
+}
+
+__global__ void __launch_bounds__(kThreads) pyshard_join(JoinArgs args) {
+  join_body(args, blockIdx.x, static_cast<int>(threadIdx.x));
+}
+
+}  // extern "C"
+
+namespace {
+
+std::string explain(cudaError_t error) {
+  const std::string what = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+      return "there is no NVIDIA driver, or one too old for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+             std::to_string(CUDART_VERSION % 1000 / 10) + " (" + what +
+             "). Install or update the driver, or use CPU tensors";
+    case cudaErrorNoDevice:
+      return "no CUDA device is visible (" + what + "). Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use CPU tensors";
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+      return "this build has no code for the device (" + what +
+             "). Build pyshard with a CUDA toolkit that knows it, or use backend=\"triton\"";
+    default:
+      return what + ". If an earlier kernel is at fault, CUDA_LAUNCH_BLOCKING=1 shows which";
+  }
+}
+
+void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("pyshard: cannot launch ") + kernel + ": " + explain(error) + ".");
+}
+
+// A grid's first dimension ends at 2^31 - 1; with the smallest block, of 1,024 elements, that is 2^41 elements.
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+template <class Args>
+void launch_kernel(void (*kernel)(Args), const char* name, int threads, const Args& args, int device,
+                   uintptr_t stream) {
+  const int64_t blocks = args.blocks();
+  if (blocks == 0) return;
+  if (blocks > kMaxBlocks)
+    throw std::invalid_argument(std::string("pyshard: cannot launch ") + name + ": got " + std::to_string(blocks) +
+                                " blocks, expected at most " + std::to_string(kMaxBlocks) +
+                                ". Shard the tensors over more devices, or update fewer of them at once.");
+  // This file's runtime is linked in statically and has its own idea of the current device, apart from torch's.
+  check(cudaSetDevice(device), name);
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(args);
+  check(cudaGetLastError(), name);
+}
+
+}  // namespace
+
+#define PYSHARD_LAUNCH(Args, kernel, threads)                      \
+  template <>                                                      \
+  void launch(const Args& args, int device, uintptr_t stream) {    \
+    launch_kernel(kernel, #kernel, threads, args, device, stream); \
+  }
+PYSHARD_LAUNCH(AdamArgs, pyshard_adam, kThreads)
+PYSHARD_LAUNCH(SquareSumArgs, pyshard_square_sum, kNormThreads)
+PYSHARD_LAUNCH(SumArgs, pyshard_sum, kNormThreads)
+PYSHARD_LAUNCH(PrepareArgs, pyshard_prepare, kThreads)
+PYSHARD_LAUNCH(CastArgs, pyshard_cast, kThreads)
+PYSHARD_LAUNCH(SplitArgs, pyshard_split, kThreads)
+PYSHARD_LAUNCH(JoinArgs, pyshard_join, kThreads)
+#undef PYSHARD_LAUNCH
+
+std::string launch_refusal(int device) {
+  cudaError_t error = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  // Loads the code for the device, which fails if this build has none.
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, pyshard_adam);
+  cudaGetLastError();  // answered here, so the next launch must not find it
+  return error == cudaSuccess ? "" : explain(error);
+}
+
+}  // namespace pyshard
