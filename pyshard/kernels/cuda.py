@@ -1,8 +1,8 @@
 """The CUDA kernels: the launches that a step on a device consists of, as thin calls into pyshard._C.
 
-The functions of this module enqueue on the current stream of the tensors' device and return. HostRun has the
-same functions for CPU tensors: it runs the bodies of the same kernels on the host, block by block and thread by
-thread, for tests. Tensors are checked by the caller (checks.py).
+The functions of this module enqueue on the current stream of the tensors' device and return. HostRun has
+the same functions for CPU tensors: it runs the bodies of the same kernels on the host, block by block and thread
+by thread, for tests. Tensors are checked by the caller (checks.py).
 """
 
 import torch
@@ -55,7 +55,7 @@ class Launches:
 
         Args:
             hypers: float64 [k, 8], AdamHyper of csrc/adam.h.
-            step_addresses: int64 [k] of float32 step counts, each counted up by one unless the step is skipped,
+            step_addresses: int64 [k] of float32 step counts, each counted up unless the step is skipped,
                 and used instead of the step in its AdamHyper. None: the steps in `hypers` are used.
             control: float64 [8], Control of csrc/cuda/adam.cuh; places 5 to 7 are written.
             scalars: float32 [k, 9], AdamScalars of csrc/adam.h, written.
