@@ -1,7 +1,7 @@
 """The CUDA kernels: the launches that a step on a device consists of, as thin calls into pyshard._C.
 
-The functions of this module enqueue on the current stream of the tensors' device and return. HostRun has
-the same functions for CPU tensors: it runs the bodies of the same kernels on the host, block by block and thread
+The functions of this module enqueue on the current stream of the tensors' device and return. HostRun has the
+same functions for CPU tensors: it runs the bodies of the same kernels on the host, block by block and thread
 by thread, for tests. Tensors are checked by the caller (checks.py).
 """
 
