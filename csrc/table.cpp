@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
+#include <set>
 
 #include "cpu/runtime.h"
 
@@ -246,10 +248,37 @@ void AdamTable::prepare(const std::vector<std::vector<double>>& groups, bool per
   }
 }
 
-std::vector<uintptr_t> AdamTable::step_addresses() const {
-  std::vector<uintptr_t> result;
-  for (const size_t i : active_) result.push_back(reinterpret_cast<uintptr_t>(entries_[i].step));
-  return result;
+void AdamTable::pack(uintptr_t words, int64_t adam_block, int64_t norm_block) const {
+  auto* out = reinterpret_cast<int64_t*>(words);
+  std::memcpy(out, rows_.data(), rows_.size() * sizeof(AdamRow));
+  out += 8 * count();
+  for (const int64_t block : {adam_block, norm_block}) {
+    int64_t first = 0;
+    for (const AdamRow& row : rows_) {
+      *out++ = first;
+      first += (row.n + block - 1) / block;
+    }
+    *out++ = first;
+  }
+  for (const size_t i : active_) *out++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(entries_[i].step));
+  std::memcpy(out, hypers_.data(), hypers_.size() * sizeof(AdamHyper));
+}
+
+std::vector<int32_t> AdamTable::kinds() const {
+  std::set<int32_t> found;
+  for (const AdamRow& row : rows_)
+    if (row.n > 0) found.insert(row.kind);
+  return {found.begin(), found.end()};
+}
+
+bool AdamTable::aligned() const {
+  uintptr_t bits = 0;
+  for (const AdamRow& row : rows_)
+    for (const void* pointer : {static_cast<const void*>(row.param), static_cast<const void*>(row.low), row.grad,
+                                static_cast<const void*>(row.exp_avg), static_cast<const void*>(row.exp_avg_sq),
+                                static_cast<const void*>(row.max_exp_avg_sq)})
+      bits |= reinterpret_cast<uintptr_t>(pointer);
+  return bits % 16 == 0;
 }
 
 double AdamTable::square_sum(int threads) const {
@@ -280,11 +309,12 @@ void bind_table(py::module_& m) {
       .def("refresh", &AdamTable::refresh)
       .def("active", &AdamTable::active)
       .def("count", &AdamTable::count)
-      .def("rows_address", &AdamTable::rows_address)
-      .def("hypers_address", &AdamTable::hypers_address)
       .def("hypers_count", &AdamTable::hypers_count)
       .def("prepare", &AdamTable::prepare)
-      .def("step_addresses", &AdamTable::step_addresses)
+      .def("pack", &AdamTable::pack)
+      .def("packed_size", &AdamTable::packed_size)
+      .def("kinds", &AdamTable::kinds)
+      .def("aligned", &AdamTable::aligned)
       .def("square_sum", &AdamTable::square_sum)
       .def("count_step", &AdamTable::count_step)
       .def("adam", &AdamTable::adam);

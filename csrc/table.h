@@ -36,16 +36,19 @@ class AdamTable {
 
   py::list active() const;  // indices (in order of add) of the entries that have a gradient
   int64_t count() const { return static_cast<int64_t>(rows_.size()); }
-  uintptr_t rows_address() const { return reinterpret_cast<uintptr_t>(rows_.data()); }
-  uintptr_t hypers_address() const { return reinterpret_cast<uintptr_t>(hypers_.data()); }
   int64_t hypers_count() const { return static_cast<int64_t>(hypers_.size()); }
 
   // Makes one AdamHyper per distinct (group, step count) and gives each active row its index. `groups` holds
   // (lr, beta1, beta2, eps, weight_decay, sign, decoupled) per group. With per_row the steps are not read (they live
   // on a device) and every row gets its own AdamHyper.
   void prepare(const std::vector<std::vector<double>>& groups, bool per_row);
-  // The addresses of the active rows' step counts, in row order.
-  std::vector<uintptr_t> step_addresses() const;
+  // For a launch on a device: all that its kernels read, as 64-bit words at `words` (packed_size() of them):
+  // rows [n, 8], the first Adam block of each row and the end [n + 1], likewise norm blocks [n + 1], the addresses of
+  // the step counts [n], AdamHyper [k, 8]. prepare() comes first.
+  void pack(uintptr_t words, int64_t adam_block, int64_t norm_block) const;
+  int64_t packed_size() const { return 19 * count() + 2 + 8 * hypers_count(); }
+  std::vector<int32_t> kinds() const;  // of the active rows that have elements, sorted
+  bool aligned() const;                // every address of the active rows is a multiple of 16
 
   double square_sum(int threads) const;
   // One step on the CPU: adds 1 to the step counts of the active rows and updates them. prepare() comes first.

@@ -100,9 +100,13 @@ class Launch:
         """The entries that have a gradient now."""
         return [self.entries[i] for i in self.table.active()]
 
-    def skipped(self) -> int:
-        """Steps that the device has left out by itself."""
-        return 0
+    def first_nonfinite(self) -> str | None:
+        """Name of the first parameter whose gradient is not finite; for an error message."""
+        for e in self.active():
+            grad = e.grad()
+            if grad is not None and not math.isfinite(float(grad.double().square().sum())):
+                return e.name
+        return None
 
     def gather(self) -> None:
         """Copies parameters and gradients that do not lie in the order of the moments into their buffers."""
@@ -153,11 +157,3 @@ class HostLaunch(Launch):
                 reference.adam_scalars(hyper, grad_scale),
                 e.coupled,
             )
-
-    def first_nonfinite(self) -> str:
-        """Name of the first parameter whose gradient is not finite; for an error message."""
-        for e in self.active():
-            grad = e.grad()
-            if grad is not None and not math.isfinite(float(grad.double().square().sum())):
-                return e.name
-        return "none"

@@ -91,9 +91,13 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """The fp32 master of a bf16 upper half and its int16 remainder; exact inverse of split."""
-    bits = (high.view(torch.int16).to(torch.int64) << 16) + low.to(torch.int64)
-    bits = bits & 0xFFFFFFFF
+    """The fp32 master of a bf16 upper half and its int16 remainder; exact inverse of split.
+
+    Halves that no split makes, whose sum is NaN, mean the upper one alone.
+    """
+    upper = high.view(torch.int16).to(torch.int64) << 16
+    bits = (upper + low.to(torch.int64)) & 0xFFFFFFFF
+    bits = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, upper & 0xFFFFFFFF, bits)
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
 
 
@@ -150,7 +154,7 @@ def _lanes(blocks: Tensor) -> Tensor:
 
 
 def _padded(values: Tensor) -> Tensor:
-    size = -(-values.numel() // NORM_BLOCK) * NORM_BLOCK
+    size = math.ceil(values.numel() / NORM_BLOCK) * NORM_BLOCK
     return torch.nn.functional.pad(values, (0, size - values.numel())).view(-1, NORM_BLOCK)
 
 
@@ -174,7 +178,7 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous():
         return tensor.reshape(-1)
     order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d))
-    return tensor.permute(order).reshape(-1)
+    return tensor.permute(order).reshape(-1).contiguous()  # reshape alone keeps a single stride, as of x[::2]
 
 
 def unavailable(device_type: str) -> str | None:

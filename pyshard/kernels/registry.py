@@ -17,12 +17,16 @@ _LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of kernels. `devices` None means any device of torch; `module` holds `unavailable(device_type)`."""
+    """A set of kernels. `devices` None means any device of torch; `module` holds `unavailable(device_type)`.
+
+    `on_device`: the scalars of a step are computed by the kernels, beside the tensors, and not on the host.
+    """
 
     name: str
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
     module: str
+    on_device: bool = False
 
     def why_not(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this backend cannot serve parameters of `dtype` on `device_type`; None if it can."""
@@ -44,8 +48,8 @@ BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", ("cpu",), _LOW, "pyshard.kernels.cpu"),
-        Backend("cuda", ("cuda",), _LOW, "pyshard.kernels.cuda"),
-        Backend("triton", ("cuda", "cpu"), _LOW, "pyshard.kernels.triton"),
+        Backend("cuda", ("cuda",), _LOW, "pyshard.kernels.cuda", on_device=True),
+        Backend("triton", ("cuda", "cpu"), _LOW, "pyshard.kernels.triton", on_device=True),
         Backend("reference", None, (*_LOW, torch.float64), "pyshard.kernels.reference"),
     )
 }

@@ -4,7 +4,7 @@ The classes keep torch's signature, param_groups and state_dict. What a step doe
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ..kernels.launch import HostLaunch
+from ..kernels.launch import HostLaunch, Launch
 from ..kernels.reference import clip_coefficient
 from ..kernels.registry import requested
 from . import explain, state
@@ -139,11 +139,12 @@ class Adam(Optimizer):
         self._checked: list[tuple[Any, ...]] = []
         self._groups: list[list[float]] = []
         self._grad_norm: float | Tensor | None = None
-        self._skipped = 0
+        self._skipped = 0  # by the host; the controls count those that a device has skipped
+        self._controls: dict[tuple[str, torch.device, bool], Tensor] = {}
 
     # ---- the step ----
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have a gradient; parameters and state change in place.
 
         With max_grad_norm, nonfinite="skip" or "raise": one pass over the gradients, then one over everything;
@@ -200,8 +201,8 @@ class Adam(Optimizer):
             launch.adam(groups, scale)
             launch.scatter()
 
-    def _nonfinite_message(self, launches: list[HostLaunch]) -> str:
-        name = next(n for n in (launch.first_nonfinite() for launch in launches) if n)
+    def _nonfinite_message(self, launches: Sequence[Launch]) -> str:
+        name = next((n for n in (launch.first_nonfinite() for launch in launches) if n), "a parameter")
         return (
             f"pyshard.{type(self).__name__}: the gradient of {name} holds inf or NaN; expected finite gradients "
             "(nonfinite='raise'). Nothing was changed. Lower the learning rate or the loss scale, or use "
@@ -228,7 +229,8 @@ class Adam(Optimizer):
             _check_group(f"pyshard.{type(self).__name__}", group)
         self._checked = now
         self._groups = [
-            [*(_number(v) for v in known[:5]), -1.0 if known[5] else 1.0, 1.0 if known[6] else 0.0] for known in now
+            [_lr(g), *(float(v) for v in known[1:5]), -1.0 if known[5] else 1.0, 1.0 if known[6] else 0.0]
+            for g, known in zip(groups, now, strict=True)
         ]
         return self._groups
 
@@ -253,8 +255,7 @@ class Adam(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Number of steps left out because of inf or NaN. With capturable=True, reading it waits for the GPU."""
-        on_device = 0 if self._plan is None else sum(launch.skipped() for launch in self._plan.launches[:1])
-        return self._skipped + on_device
+        return self._skipped + max((int(control[-1]) for control in self._controls.values()), default=0)
 
     def explain(self) -> str:
         """Which parameters take which path, how many bytes their state holds, and why."""
@@ -372,8 +373,11 @@ def _save_masters(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
     return {**state_dict, "state": saved}
 
 
-def _number(value: float | Tensor) -> float:
-    return float(value)
+def _lr(group: dict[str, Any]) -> float:
+    """The learning rate on the host; 0 for one that stays on the device, where the kernels will read it."""
+    lr = group["lr"]
+    stays = isinstance(lr, Tensor) and lr.device.type != "cpu" and group["capturable"]
+    return 0.0 if stays else float(lr)
 
 
 def _check_group(who: str, group: dict[str, Any]) -> None:

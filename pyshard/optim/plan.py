@@ -74,14 +74,15 @@ def make_plan(optimizer: "Adam") -> Plan:
                 regions.append(checks.Region(f"state {key!r} of {name}", local_tensor(value), True))
     checks.check_overlap(who, regions)
 
-    by_launch: dict[tuple[str, torch.device], list[Entry]] = {}
+    by_launch: dict[tuple[Backend, torch.device, bool], list[Entry]] = {}
     for group_index, name, param, fmt, backend in found:
         group = optimizer.param_groups[group_index]
-        entry = _entry(optimizer, who, name, param, group_index, group, fmt)
-        by_launch.setdefault((backend.name, entry.local.device), []).append(entry)
+        capturable = bool(group["capturable"]) and backend.on_device
+        entry = _entry(optimizer, name, param, group_index, group, fmt, capturable)
+        by_launch.setdefault((backend, entry.local.device, capturable), []).append(entry)
     launches: list[Launch] = []
-    for (backend_name, device), entries in by_launch.items():
-        launches.append(_launch(backend_name, device, entries, [] if launches else idle))
+    for (backend, device, capturable), entries in by_launch.items():
+        launches.append(_launch(optimizer, backend, device, capturable, entries, [] if launches else idle))
     if not launches:
         launches.append(HostLaunch("cpu", torch.device("cpu"), [], idle))
     for launch in launches:
@@ -89,12 +90,17 @@ def make_plan(optimizer: "Adam") -> Plan:
     return Plan(launches, [switches(group) for group in optimizer.param_groups])
 
 
-def _launch(backend: str, device: torch.device, entries: list[Entry], idle: list[Tensor]) -> Launch:
-    if backend in ("cuda", "triton"):
-        from ..kernels.device import DeviceLaunch
+def _launch(
+    optimizer: "Adam", backend: Backend, device: torch.device, capturable: bool, entries: list[Entry], idle: list[Tensor]
+) -> Launch:
+    if not backend.on_device:
+        return HostLaunch(backend.name, device, entries, idle)
+    from ..kernels.device import DeviceLaunch, new_control
 
-        return DeviceLaunch(backend, device, entries, idle)
-    return HostLaunch(backend, device, entries, idle)
+    key = (backend.name, device, capturable)
+    if key not in optimizer._controls:
+        optimizer._controls[key] = new_control(device)
+    return DeviceLaunch(backend.name, device, entries, idle, capturable, optimizer._controls[key])
 
 
 def _check(
@@ -139,16 +145,15 @@ def _check_loaded(who: str, name: str, param: Tensor, state: dict[str, Any], fmt
 
 def _entry(
     optimizer: "Adam",
-    who: str,
     name: str,
     param: Tensor,
     group_index: int,
     group: dict[str, Any],
     fmt: Format | None,
+    capturable: bool,
 ) -> Entry:
-    coupled, amsgrad, capturable = switches(group)
+    coupled, amsgrad, _ = switches(group)
     local = local_tensor(param)
-    capturable = capturable and local.device.type != "cpu"
     state = optimizer.state[param]
     states.fill(param, state, fmt, amsgrad, capturable)
     low_key = None if fmt is None else LOW_KEY.get(fmt)
