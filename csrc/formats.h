@@ -89,8 +89,12 @@ PYSHARD_HD Split split_master(float master) {
   return {static_cast<uint16_t>(high), static_cast<int16_t>(static_cast<uint16_t>(low))};
 }
 
+// Halves that no split makes, whose sum is NaN, mean the upper one alone: a weight set to 0 or inf between steps meets
+// the remainder of its former value.
 PYSHARD_HD float join_master(uint16_t high, int16_t low) {
-  return bits_float((static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
+  const uint32_t upper = static_cast<uint32_t>(high) << 16;
+  const uint32_t bits = upper + static_cast<uint32_t>(static_cast<int32_t>(low));
+  return bits_float(is_nan(bits) ? upper : bits);
 }
 
 }  // namespace pyshard
