@@ -1,0 +1,59 @@
+"""Set-up of all tests: one printed seed, Triton's interpreter where there is no GPU, GPU tests that say why they skip.
+
+PYSHARD_TEST_SEED=n repeats a session's random numbers; a test gets the same ones alone as in a full run.
+"""
+
+import os
+import random
+import zlib
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# Read by triton when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+SEED = int(os.environ.get("PYSHARD_TEST_SEED") or random.SystemRandom().randrange(2**32))
+os.environ["PYSHARD_TEST_SEED"] = str(SEED)  # for subprocesses, and for reference.session_seed()
+
+# No deadline: the machine may be busy. No database: the seed alone decides what is drawn.
+hypothesis.settings.register_profile("pyshard", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("pyshard")
+
+
+def pytest_report_header() -> str:
+    return f"PYSHARD_TEST_SEED={SEED}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A failure names the seed, also where the header is not shown."""
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", f"PYSHARD_TEST_SEED={SEED}"))
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this test's own, made of the session's and the test's name."""
+    return zlib.crc32(f"{SEED} {request.path.name} {request.node.name}".encode())
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """Random numbers from the test's seed."""
+    return np.random.default_rng(seed)
