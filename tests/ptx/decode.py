@@ -1,8 +1,7 @@
 """Statements of a kernel -> basic blocks of bound numpy operations, decoded once and run for every block.
 
 Calls are expanded in place, so there is one list of instructions in the order of the text; registers become
-slots and variables become addresses. What is not modelled raises UnknownInstructionError here, before anything
-runs.
+slots and variables become addresses. What is not modelled is an error before anything runs.
 """
 
 from collections.abc import Callable
@@ -184,6 +183,10 @@ class Decoder:
         if isinstance(found, Slot):
             return _reader(found, dtype, operand)
         if isinstance(found, Place):
+            if found.address >> 8 * dtype.itemsize:
+                raise UnknownInstructionError(
+                    f"the address of {operand.text} does not fit {dtype.itemsize} bytes"
+                )
             return self.constant(np.array([found.address], U64).astype(f"u{dtype.itemsize}").view(dtype))
         if operand.text == "WARP_SZ":
             return self.constant(np.array([32], dtype))

@@ -39,8 +39,8 @@ class Alu:
 def inexact(opcode: str, strict: bool) -> str | None:
     """Why the result of an opcode is not fixed to the last bit, or None.
 
-    `strict` adds what is exact only as long as nothing rewrites it: additions and multiplications without `.rn`,
-    which may be contracted into fma.
+    `strict` adds what is exact only as long as nothing rewrites it: additions and multiplications without
+    `.rn`, which may be contracted into fma.
     """
     base, *rest = opcode.split(".")
     kinds = set(rest)
@@ -224,10 +224,14 @@ def _testp(base: str, modifiers: list[str], kind: str) -> Alu:
     return Alu(tests[modifiers[0]], "pred", (kind,))
 
 
+def _select(a: Array, b: Array, p: Array) -> Array:
+    return np.where(p, a, b)
+
+
 def _selp(base: str, modifiers: list[str], kind: str) -> Alu:
     _only(modifiers)
     bits = f"b{DTYPES[kind].itemsize * 8}"
-    return Alu(lambda a, b, p: np.where(p, a, b), bits, (bits, bits, "pred"))
+    return Alu(_select, bits, (bits, bits, "pred"))
 
 
 # Bits.

@@ -1,12 +1,13 @@
 """Running one block of threads: registers, control flow, barriers and warp operations.
 
-All threads of a block execute as one vector. Where they diverge, the group with the lowest program counter runs
-first and groups that reach the same place merge, so that loops and branches reconverge.
+All threads of a block execute as one vector. Where they diverge, the group with the lowest program counter
+runs first and groups that reach the same place merge, so that loops and branches reconverge.
 Register arrays are never changed in place: an instruction makes a new array and puts it into its slot.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,20 @@ class Waiting:
     combine: str = ""
 
 
+@lru_cache(maxsize=16)
+def _lane_registers(block: Dim) -> dict[str, Array]:
+    """The special registers that depend on the thread alone."""
+    lanes = np.arange(block[0] * block[1] * block[2], dtype=np.uint32)
+    bx, by = np.uint32(block[0]), np.uint32(block[1])
+    lane, one = lanes % np.uint32(WARP), np.uint32(1)
+    bit = one << lane
+    out = {"%tid.x": lanes % bx, "%tid.y": lanes // bx % by, "%tid.z": lanes // (bx * by)}
+    out |= {"%laneid": lane, "%warpid": lanes // np.uint32(WARP), "%lanemask_eq": bit}
+    out |= {"%lanemask_lt": bit - one, "%lanemask_le": (bit - one) | bit}
+    out |= {"%lanemask_ge": ~(bit - one), "%lanemask_gt": ~((bit - one) | bit)}
+    return out
+
+
 class Block:
     """The state of one block (CTA) while it runs."""
 
@@ -93,21 +108,9 @@ class Block:
         self.specials = self._special_registers()
 
     def _special_registers(self) -> dict[str, Array]:
-        lanes = self.lanes.astype(np.uint32)
-        (bx, by, _), lane = self.block, lanes & np.uint32(WARP - 1)
-        x = {
-            "x": lanes % np.uint32(bx),
-            "y": lanes // np.uint32(bx) % np.uint32(by),
-            "z": lanes // np.uint32(bx * by),
-        }
-        out = {f"%tid.{axis}": value for axis, value in x.items()}
+        out = dict(_lane_registers(self.block))
         for name, dims in (("ntid", self.block), ("ctaid", self.index), ("nctaid", self.grid)):
             out |= {f"%{name}.{axis}": np.full(1, d, np.uint32) for axis, d in zip("xyz", dims)}
-        one = np.uint32(1)
-        bit = one << lane
-        out |= {"%laneid": lane, "%warpid": lanes // np.uint32(WARP), "%lanemask_eq": bit}
-        out |= {"%lanemask_lt": bit - one, "%lanemask_le": (bit - one) | bit}
-        out |= {"%lanemask_ge": ~(bit - one), "%lanemask_gt": ~((bit - one) | bit)}
         return out
 
     # Registers.

@@ -1,6 +1,6 @@
 """The memory that interpreted PTX can touch: host buffers and thread-private memory. Every access is checked.
 
-Host buffers (`Memory`) stand for global memory and, inside the interpreter, for constants and kernel parameters.
+Host buffers (`Memory`) stand for global memory and, in the interpreter, for constants and kernel parameters.
 Addresses are host addresses, unless a buffer is placed somewhere else with `at=`.
 """
 

@@ -2,8 +2,9 @@
 
 The interpreter runs all threads of a block in step, which would hide a forgotten barrier. So for each granule
 of shared memory it keeps which thread wrote it and which read it since the last barrier; a second thread that
-touches the granule with no barrier in between, at least one of them writing, is an error. A warp barrier clears
-the marks of its own warp, also towards other warps: the detector may miss a race there, and invents none.
+touches the granule with no barrier in between, at least one of them writing, is an error. A warp barrier
+clears the marks of its own warp, also towards other warps: the detector may miss a race there, and invents
+none.
 """
 
 import numpy as np
@@ -28,7 +29,7 @@ class Shared:
         self.reader = self.writer.copy()
 
     def barrier(self, participants: Array | None = None) -> None:
-        """The participants (None: the whole block) have met, which orders what they did before and do next."""
+        """The participants (None: the whole block) have met, which orders their accesses."""
         for marks in (self.writer, self.reader):
             if participants is None:
                 marks.fill(NOBODY)
@@ -54,7 +55,7 @@ class Shared:
 
     def load(self, offsets: Array, lanes: Array, size: int, count: int) -> list[Array]:
         index = self._index(offsets, size, count)
-        if self.detect_races:
+        if self.detect_races and not self._note_broadcast(offsets, lanes, size * count):
             for granules in self._granules(offsets, size * count):
                 self._note_read(granules, lanes)
         view = self.data.view(UINT[size])
@@ -73,6 +74,17 @@ class Shared:
     def _granules(self, offsets: Array, nbytes: int) -> list[Array]:
         first = (offsets // np.uint64(self.granule)).astype(np.int64)
         return [first + k for k in range(nbytes // self.granule)]
+
+    def _note_broadcast(self, offsets: Array, lanes: Array, nbytes: int) -> bool:
+        """A shortcut for threads of several warps that read the same place, which nobody wrote."""
+        if lanes[0] // WARP == lanes[-1] // WARP or bool((offsets != offsets[0]).any()):
+            return False
+        first = int(offsets[0]) // self.granule
+        span = slice(first, first + nbytes // self.granule)
+        if bool((self.writer[span] != NOBODY).any()):
+            return False
+        self.reader[span] = SEVERAL
+        return True
 
     def _note_read(self, granules: Array, lanes: Array) -> None:
         writer = self.writer[granules]

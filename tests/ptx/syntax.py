@@ -262,7 +262,7 @@ class _Parser:
                         self.number()
             elif word in SIZES:
                 kind = word
-            elif word != "attribute":
+            else:
                 raise self.error(f"unknown type .{word}")
         out = []
         while True:

@@ -58,6 +58,12 @@ def _access(decoder: Decoder, parts: list[str], known: tuple[str, ...]) -> tuple
     return space, count, kind
 
 
+def _only_two(ins: Instruction) -> None:
+    """A third operand of a load or store is the handle of a caching policy."""
+    if len(ins.operands) != 2 and "L2::cache_hint" not in ins.opcode:
+        raise UnknownInstructionError(f"{len(ins.operands)} operands, expected 2")
+
+
 def _items(operand: Operand, count: int) -> tuple[Operand, ...]:
     items = operand.items if isinstance(operand, Group) else (operand,)
     if len(items) != count:
@@ -68,6 +74,7 @@ def _items(operand: Operand, count: int) -> tuple[Operand, ...]:
 def _load(decoder: Decoder, ins: Instruction, parts: list[str]) -> Run:
     space, count, kind = _access(decoder, parts, ("nc",))
     constant = "nc" in parts
+    _only_two(ins)
     size = DTYPES[kind].itemsize
     unsigned = f"u{size * 8}" if not kind.startswith("s") else kind
     items = _items(ins.operands[0], count)
@@ -95,6 +102,7 @@ def _load(decoder: Decoder, ins: Instruction, parts: list[str]) -> Run:
 
 def _store(decoder: Decoder, ins: Instruction, parts: list[str]) -> Run:
     space, count, kind = _access(decoder, parts, ())
+    _only_two(ins)
     size = DTYPES[kind].itemsize
     gets = [decoder.get(item, f"b{size * 8}") for item in _items(ins.operands[1], count)]
     address = decoder.address(ins.operands[0])
@@ -182,7 +190,7 @@ def _atomic(decoder: Decoder, ins: Instruction, parts: list[str]) -> Run:
     put = decoder.put_lanes(operands.pop(0), kind) if returns else None
     address = decoder.address(operands[0])
     gets = [decoder.get(_items(o, 1)[0], kind) for o in operands[1:3]]
-    if count != 1 or len(gets) < (2 if operation == "cas" else 1):
+    if kind[0] not in "bus" or count != 1 or len(gets) < (2 if operation == "cas" else 1):
         raise UnknownInstructionError(f"{ins.opcode} is not modelled in this form")
     dtype, size = DTYPES[kind], DTYPES[kind].itemsize
 
@@ -244,7 +252,8 @@ def _vote(decoder: Decoder, ins: Instruction, parts: list[str]) -> Run:
         if mode == "ballot":
             put(block, block.to_threads(_ballot(block, votes)))
             return
-        some, every = block.by_warp(votes, 0).any(1), block.by_warp(votes, 1).all(1)
+        some = np.asarray(block.by_warp(votes, 0).any(1))
+        every = np.asarray(block.by_warp(votes, 1).all(1))
         put(block, block.to_threads({"any": some, "all": every, "uni": every | ~some}[mode]))
 
     return run
