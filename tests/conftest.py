@@ -1,4 +1,4 @@
-"""Set-up of all tests: one printed seed, Triton's interpreter where there is no GPU, GPU tests that say why they skip.
+"""Set-up of all tests: one printed seed, Triton's interpreter and skipped GPU tests where there is no GPU.
 
 PYSHARD_TEST_SEED=n repeats a session's random numbers; a test gets the same ones alone as in a full run.
 """

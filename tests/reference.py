@@ -1,6 +1,6 @@
-"""What tests compare with: the formulas once more in plain numpy, buffers with sentinels, and comparison of bits.
+"""What tests compare with: the formulas once more in plain numpy, buffers with sentinels, comparison of bits.
 
-Nothing here imports pyshard, so that no mistake is shared. 16-bit numbers travel as uint16 bits, as in the kernels.
+Nothing here imports pyshard, so that no mistake is shared. 16-bit numbers travel as uint16 bits.
 """
 
 import math
@@ -37,7 +37,7 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
-    """Equal dtype, shape and bits; NaN equals NaN whatever its payload and sign. Names the first difference."""
+    """Equal dtype, shape and bits; any NaN equals any other. Names the first difference."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
     assert actual.shape == expected.shape, (
         f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -49,8 +49,8 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> 
     at = tuple(different[0].tolist())
     mask = (1 << 8 * actual.element_size()) - 1
     raise AssertionError(
-        f"{what}: {len(different)} of {actual.numel()} elements differ, first at {at}: "
-        f"{actual[at].item()!r} ({int(got[at]) & mask:#x}), expected {expected[at].item()!r} ({int(want[at]) & mask:#x})"
+        f"{what}: {len(different)} of {actual.numel()} elements differ, first at {at}: {actual[at].item()!r} "
+        f"({int(got[at]) & mask:#x}), expected {expected[at].item()!r} ({int(want[at]) & mask:#x})"
     )
 
 
@@ -112,7 +112,7 @@ def fp16_value(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def split(master: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.int16]]:
-    """Upper half rounded half away from zero, and what is missing to the bits of the master; a NaN keeps its sign."""
+    """Upper half rounded half away from zero, and what is missing to the master; a NaN keeps its sign."""
     bits = master.view(np.uint32).astype(np.int64)
     high = bits // 65536 + (bits % 65536 >= 32768)
     low = bits - high * 65536
@@ -139,7 +139,7 @@ def exact_power(base: float, exponent: int) -> Decimal:
 
 
 def adam_scalars(hyper: Sequence[float], grad_scale: float) -> list[float]:
-    """The nine scalars of (lr, beta1, beta2, eps, weight_decay, step, sign, decoupled), exact powers, in double."""
+    """The nine scalars of the hyperparameters, in the order of the kernels: in double, with exact powers."""
     lr, beta1, beta2, eps, weight_decay, step, sign, decoupled = hyper
     with localcontext() as context:
         context.prec = 40
@@ -156,7 +156,7 @@ def adam_scalars(hyper: Sequence[float], grad_scale: float) -> list[float]:
 def adam(
     p: Array, m: Array, v: Array, vmax: Array | None, g: Array, scalars: Sequence[float], coupled: bool
 ) -> tuple[Array, Array, Array, Array | None]:
-    """One step in the dtype of p (fp32 or fp64): numpy rounds each operation on its own, and never fuses two."""
+    """One step in the dtype of p, fp32 or fp64: numpy rounds each operation on its own, and fuses none."""
     kind = p.dtype.type
     scale, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps = map(
         kind, scalars
