@@ -23,7 +23,9 @@ from .registry import BACKENDS
 if TYPE_CHECKING:
     from ..optim.adam import Adam
 
-ADAM_BLOCK = 1024  # elements of one block: 128 threads of 8, so that 16-bit tensors too are read 16 bytes at a time
+ADAM_BLOCK = (
+    1024  # elements of one block: 128 threads of 8, so that 16-bit tensors too are read 16 bytes at a time
+)
 
 
 class Control(IntEnum):
@@ -96,7 +98,9 @@ class DeviceLaunch(Launch):
             values = sums
         return values[0]
 
-    def set_inputs(self, grad_scale: float | Tensor, max_norm: float, square_sum: Tensor | None, skip: bool) -> None:
+    def set_inputs(
+        self, grad_scale: float | Tensor, max_norm: float, square_sum: Tensor | None, skip: bool
+    ) -> None:
         """Writes what decides about this step into the control tensor."""
         tensors = isinstance(grad_scale, Tensor)
         inputs = (1.0 if isinstance(grad_scale, Tensor) else grad_scale, max_norm, 0.0, 0.0, float(skip))
@@ -207,3 +211,21 @@ def _lr_tensors(optimizer: "Adam", launch: DeviceLaunch) -> dict[int, Tensor]:
     if not launch.capturable:
         return {}
     return {i: g["lr"] for i, g in enumerate(optimizer.param_groups) if isinstance(g["lr"], Tensor)}
+
+
+def adam_rows(
+    backend: str, device: torch.device, table: list[list[int]], hyper: list[float], scale: float
+) -> None:
+    """One step over rows (seven words of AdamRow, kind, hyper index) with one set of hyperparameters."""
+    kernels: Any = importlib.import_module(BACKENDS[backend].module)
+    words = [[*row[:7], row[7] | row[8] << 32] for row in table]
+    rows = torch.tensor(words, dtype=torch.int64).to(device)
+    ends = torch.tensor([0, *(-(-row[6] // ADAM_BLOCK) for row in table)], dtype=torch.int64).cumsum(0)
+    control = new_control(device)
+    control[: Control.SQUARE_SUM] = torch.tensor([scale, math.inf], dtype=torch.float64)
+    scalars = torch.empty(1, 9, dtype=torch.float32, device=device)
+    kernels.prepare(torch.tensor([hyper], dtype=torch.float64).to(device), None, control, scalars)
+    aligned = all(word % 16 == 0 for row in table for word in row[:6])
+    kinds = tuple(sorted({row[7] for row in table if row[6]}))
+    if kinds:
+        kernels.adam(rows, ends.to(device), int(ends[-1]), scalars, control, kinds, aligned)

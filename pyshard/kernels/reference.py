@@ -58,7 +58,17 @@ def adam_update(
 
     `scalars` are adam_scalars(); torch rounds a Python float once to the dtype of the tensor it meets.
     """
-    grad_scale, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps = scalars
+    (
+        grad_scale,
+        weight_decay,
+        decay,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        step_size,
+        inv_sqrt_bias2,
+        eps,
+    ) = scalars
     g = g * grad_scale
     if coupled:
         g = g + p * weight_decay
@@ -177,7 +187,8 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor as a 1-d view in the order of their addresses; a copy if it is not dense."""
     if tensor.is_contiguous():
         return tensor.reshape(-1)
-    order = sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d))
+    stride = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: (-stride[d], d))
     return tensor.permute(order).reshape(-1).contiguous()  # reshape alone keeps a single stride, as of x[::2]
 
 

@@ -38,9 +38,13 @@ class Options:
     def check(self, who: str) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{who}: {name}={getattr(self, name)!r}; expected one of {', '.join(choices)}.")
+                raise ValueError(
+                    f"{who}: {name}={getattr(self, name)!r}; expected one of {', '.join(choices)}."
+                )
         if self.moments == "int8":
-            raise ValueError(f"{who}: moments='int8' is not built yet; expected 'fp32'. Leave the argument out.")
+            raise ValueError(
+                f"{who}: moments='int8' is not built yet; expected 'fp32'. Leave the argument out."
+            )
         norm = self.max_grad_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             raise ValueError(
@@ -223,7 +227,11 @@ class Adam(Optimizer):
             (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g["decoupled_weight_decay"])
             for g in groups
         ]
-        if self._checked and not any(isinstance(v, Tensor) for known in now for v in known) and now == self._checked:
+        if (
+            self._checked
+            and not any(isinstance(v, Tensor) for known in now for v in known)
+            and now == self._checked
+        ):
             return self._groups
         for group in groups:
             _check_group(f"pyshard.{type(self).__name__}", group)
@@ -383,14 +391,20 @@ def _lr(group: dict[str, Any]) -> float:
 def _check_group(who: str, group: dict[str, Any]) -> None:
     """Raises for hyperparameters that torch would refuse, and for those that would train to NaN."""
     if group["differentiable"]:
-        raise ValueError(f"{who}: differentiable=True is not supported; expected False. Use torch.optim's for that.")
+        raise ValueError(
+            f"{who}: differentiable=True is not supported; expected False. Use torch.optim's for that."
+        )
     if group["fused"] and group["foreach"]:
-        raise RuntimeError(f"{who}: fused=True and foreach=True; expected at most one. Leave both out: every step is fused.")
+        raise RuntimeError(
+            f"{who}: fused=True and foreach=True; expected at most one. Leave both out: every step is fused."
+        )
     lr = group["lr"]
     betas = group["betas"]
     for name, value in (("lr", lr), *((f"betas[{i}]", b) for i, b in enumerate(betas))):
         if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{who}: {name} is a tensor of shape {tuple(value.shape)}; expected one element.")
+            raise ValueError(
+                f"{who}: {name} is a tensor of shape {tuple(value.shape)}; expected one element."
+            )
     if len(betas) != 2:
         raise ValueError(f"{who}: betas={betas!r}; expected two numbers.")
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # looking at it would wait for the device

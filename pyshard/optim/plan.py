@@ -91,7 +91,12 @@ def make_plan(optimizer: "Adam") -> Plan:
 
 
 def _launch(
-    optimizer: "Adam", backend: Backend, device: torch.device, capturable: bool, entries: list[Entry], idle: list[Tensor]
+    optimizer: "Adam",
+    backend: Backend,
+    device: torch.device,
+    capturable: bool,
+    entries: list[Entry],
+    idle: list[Tensor],
 ) -> Launch:
     if not backend.on_device:
         return HostLaunch(backend.name, device, entries, idle)
@@ -157,12 +162,19 @@ def _entry(
     state = optimizer.state[param]
     states.fill(param, state, fmt, amsgrad, capturable)
     low_key = None if fmt is None else LOW_KEY.get(fmt)
-    keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []), *([low_key] if low_key else [])]
+    keys = [
+        "exp_avg",
+        "exp_avg_sq",
+        *(["max_exp_avg_sq"] if amsgrad else []),
+        *([low_key] if low_key else []),
+    ]
     tensors = {key: local_tensor(state[key]) for key in keys}
     grad = None if param.grad is None else local_tensor(param.grad)
     grad_dtype = param.dtype if grad is None else grad.dtype
     exp_avg = tensors["exp_avg"]
-    copied = not states.same_layout(local, exp_avg) or (grad is not None and not states.same_layout(grad, exp_avg))
+    copied = not states.same_layout(local, exp_avg) or (
+        grad is not None and not states.same_layout(grad, exp_avg)
+    )
     return Entry(
         name=name,
         param=param,

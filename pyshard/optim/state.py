@@ -29,7 +29,9 @@ class Boxed:
 def box(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A copy of a state_dict whose tensors of state are boxed."""
     state = {
-        key: {k: Boxed(v) if isinstance(v, Tensor) else v for k, v in value.items()} if isinstance(value, dict) else value
+        key: {k: Boxed(v) if isinstance(v, Tensor) else v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
         for key, value in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
@@ -59,7 +61,11 @@ def fill(param: Tensor, state: dict[str, Any], fmt: Format | None, amsgrad: bool
     """Completes the state of a parameter in place; does nothing where all is there already."""
     dtype = torch.float64 if fmt is None else torch.float32
     step = state.get("step")
-    if not isinstance(step, Tensor) or step.dtype != torch.float32 or (capturable and step.device != param.device):
+    if (
+        not isinstance(step, Tensor)
+        or step.dtype != torch.float32
+        or (capturable and step.device != param.device)
+    ):
         state["step"] = step_count(0.0 if step is None else float(step), param, capturable)
     for key in MOMENTS if amsgrad else MOMENTS[:2]:
         if key not in state:
@@ -102,7 +108,9 @@ def _remainder(param: Tensor, master: Any) -> Tensor:
         return zeros
     weight = local_tensor(param).detach()
     high, low = casts.split(local_tensor(master))
-    local_tensor(zeros).copy_(torch.where(high.view(torch.int16) == weight.contiguous().view(torch.int16), low, 0))
+    local_tensor(zeros).copy_(
+        torch.where(high.view(torch.int16) == weight.contiguous().view(torch.int16), low, 0)
+    )
     return zeros
 
 
