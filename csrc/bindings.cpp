@@ -20,7 +20,8 @@ T* pointer(uintptr_t address) {
 }
 
 Dtype dtype_of(int code) {
-  if (code < 0 || code >= kDtypes) throw std::invalid_argument("pyshard._C: dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16)");
+  if (code < 0 || code >= kDtypes)
+    throw std::invalid_argument("pyshard._C: dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16)");
   return static_cast<Dtype>(code);
 }
 
@@ -78,8 +79,8 @@ void bind_cpu(py::module_& m) {
         }
         std::vector<AdamScalars> scalars;
         for (const auto& h : hypers)
-          scalars.push_back(adam_scalars({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4), h.at(5), h.at(6), h.at(7)},
-                                         grad_scale));
+          scalars.push_back(
+              adam_scalars({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4), h.at(5), h.at(6), h.at(7)}, grad_scale));
         py::gil_scoped_release release;
         cpu_adam(table.data(), static_cast<int64_t>(table.size()), scalars.data(), threads);
       },
@@ -98,13 +99,14 @@ void bind_cpu(py::module_& m) {
   m.def(
       "adam_scalars",
       [](const std::vector<double>& h, double grad_scale) {
-        const AdamScalars s = adam_scalars(
-            {h.at(0), h.at(1), h.at(2), h.at(3), h.at(4), h.at(5), h.at(6), h.at(7)}, grad_scale);
-        return std::vector<float>{s.grad_scale,      s.weight_decay,  s.decay,
-                                  s.one_minus_beta1, s.beta2,         s.one_minus_beta2,
+        const AdamScalars s =
+            adam_scalars({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4), h.at(5), h.at(6), h.at(7)}, grad_scale);
+        return std::vector<float>{s.grad_scale,      s.weight_decay,   s.decay,
+                                  s.one_minus_beta1, s.beta2,          s.one_minus_beta2,
                                   s.step_size,       s.inv_sqrt_bias2, s.eps};
       },
-      py::arg("hyper"), py::arg("grad_scale"), "The nine fp32 scalars of (lr, beta1, beta2, eps, weight_decay, step, sign, decoupled).");
+      py::arg("hyper"), py::arg("grad_scale"),
+      "The nine fp32 scalars of (lr, beta1, beta2, eps, weight_decay, step, sign, decoupled).");
   m.def("clip_coefficient", &clip_coefficient, py::arg("norm"), py::arg("max_norm"));
 }
 

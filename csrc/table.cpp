@@ -63,8 +63,8 @@ py::object local(PyObject* tensor, bool is_dtensor) {
 
 }  // namespace
 
-void AdamTable::add(py::object param, py::dict state, py::list held, py::tuple row, py::object grad,
-                    py::object dtype, py::object stride, int64_t group, bool is_dtensor, bool copied) {
+void AdamTable::add(py::object param, py::dict state, py::list held, py::tuple row, py::object grad, py::object dtype,
+                    py::object stride, int64_t group, bool is_dtensor, bool copied) {
   Entry entry{};
   const auto pointer = [&](size_t i) { return reinterpret_cast<void*>(row[i].cast<uintptr_t>()); };
   entry.row = {pointer(0),
@@ -83,7 +83,8 @@ void AdamTable::add(py::object param, py::dict state, py::list held, py::tuple r
     Py_INCREF(key);
     PyUnicode_InternInPlace(&key);  // kept for the life of the process: there are five such keys
     const py::object tensor = pair[1];
-    entry.held.push_back({key, tensor, address(local(tensor.ptr(), is_dtensor && py::hasattr(tensor, "_local_tensor")).ptr())});
+    entry.held.push_back(
+        {key, tensor, address(local(tensor.ptr(), is_dtensor && py::hasattr(tensor, "_local_tensor")).ptr())});
   }
   entry.dtype = std::move(dtype);
   entry.param = std::move(param);
@@ -157,7 +158,8 @@ bool AdamTable::accept(Entry& entry, PyObject* grad) {
   const py::object tensor = local(grad, entry.is_dtensor);
   if (attribute(tensor.ptr(), names().dtype).ptr() != entry.dtype.ptr()) return false;
   if (integer(tensor.ptr(), names().numel) != entry.row.n) return false;
-  if (integer(tensor.ptr(), names().get_device) != integer(entry.held[0].tensor.ptr(), names().get_device)) return false;
+  if (integer(tensor.ptr(), names().get_device) != integer(entry.held[0].tensor.ptr(), names().get_device))
+    return false;
   if (!entry.copied) {
     if (entry.stride.is_none()) {
       if (call(tensor.ptr(), names().is_contiguous).ptr() != Py_True) return false;
@@ -177,7 +179,8 @@ bool AdamTable::refresh(py::list param_groups, py::dict state) {
   for (size_t i = 0; i < groups_.size(); ++i) {
     PyObject* params = PyDict_GetItemWithError(PyList_GET_ITEM(param_groups.ptr(), i), names().params);
     const std::vector<PyObject*>& items = groups_[i].second;
-    if (params == nullptr || !PyList_Check(params) || PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(items.size())) {
+    if (params == nullptr || !PyList_Check(params) ||
+        PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(items.size())) {
       PyErr_Clear();
       return false;
     }
@@ -201,9 +204,9 @@ bool AdamTable::refresh(py::list param_groups, py::dict state) {
         entry.grad = grad;
         continue;
       }
-      const bool same = grad.ptr() == entry.grad.ptr() &&
-                        (entry.copied || address(local(grad.ptr(), entry.is_dtensor).ptr()) ==
-                                             reinterpret_cast<uintptr_t>(entry.row.grad));
+      const bool same =
+          grad.ptr() == entry.grad.ptr() && (entry.copied || address(local(grad.ptr(), entry.is_dtensor).ptr()) ==
+                                                                 reinterpret_cast<uintptr_t>(entry.row.grad));
       if (!same && !accept(entry, grad.ptr())) return false;
     }
   } catch (py::error_already_set&) {
@@ -301,9 +304,8 @@ void AdamTable::adam(double grad_scale, int threads) {
 void bind_table(py::module_& m) {
   py::class_<AdamTable>(m, "AdamTable")
       .def(py::init<>())
-      .def("add", &AdamTable::add, py::arg("param"), py::arg("state"), py::arg("held"), py::arg("row"),
-           py::arg("grad"), py::arg("dtype"), py::arg("stride"), py::arg("group"), py::arg("is_dtensor"),
-           py::arg("copied"))
+      .def("add", &AdamTable::add, py::arg("param"), py::arg("state"), py::arg("held"), py::arg("row"), py::arg("grad"),
+           py::arg("dtype"), py::arg("stride"), py::arg("group"), py::arg("is_dtensor"), py::arg("copied"))
       .def("add_idle", &AdamTable::add_idle)
       .def("seal", &AdamTable::seal)
       .def("refresh", &AdamTable::refresh)

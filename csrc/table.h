@@ -77,10 +77,10 @@ class AdamTable {
 
   std::vector<Entry> entries_;
   std::vector<py::object> idle_;
-  std::vector<AdamRow> rows_;     // of the active entries, as kernels read them
-  std::vector<size_t> active_;    // their entries
+  std::vector<AdamRow> rows_;   // of the active entries, as kernels read them
+  std::vector<size_t> active_;  // their entries
   std::vector<AdamHyper> hypers_;
-  std::vector<std::pair<uintptr_t, uintptr_t>> outputs_;            // sorted ranges that a step writes
+  std::vector<std::pair<uintptr_t, uintptr_t>> outputs_;               // sorted ranges that a step writes
   std::vector<std::pair<py::object, std::vector<PyObject*>>> groups_;  // (params list, its items) at the time of seal
   std::vector<std::pair<py::object, py::object>> states_;
   py::object state_;

@@ -184,8 +184,8 @@ void split(const float* __restrict__ master, uint16_t* __restrict__ high, int16_
   }
 }
 
-void join(const uint16_t* __restrict__ high, const int16_t* __restrict__ low, float* __restrict__ master,
-          int64_t begin, int64_t end) {
+void join(const uint16_t* __restrict__ high, const int16_t* __restrict__ low, float* __restrict__ master, int64_t begin,
+          int64_t end) {
   for (int64_t i = begin; i < end; ++i) master[i] = join_master(high[i], low[i]);
 }
 

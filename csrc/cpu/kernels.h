@@ -6,8 +6,8 @@
 
 namespace pyshard {
 
-constexpr int64_t kNormLanes = 128;          // double accumulators of a block, 16 AVX-512 registers
-constexpr int64_t kNormBlock = 4096;         // elements whose squares are summed before blocks are combined
+constexpr int64_t kNormLanes = 128;   // double accumulators of a block, 16 AVX-512 registers
+constexpr int64_t kNormBlock = 4096;  // elements whose squares are summed before blocks are combined
 constexpr int64_t kNormRows = kNormBlock / kNormLanes;
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kDtypes = 3 };

@@ -60,9 +60,8 @@ int64_t cut(int64_t total, int64_t part, int64_t parts, int64_t grain) {
 
 template <class Body>
 void on_ranges(int64_t n, int threads, const Body& body) {
-  on_threads(useful_threads(n, threads), [&](int part, int parts) {
-    body(cut(n, part, parts, kGrain), cut(n, part + 1, parts, kGrain));
-  });
+  on_threads(useful_threads(n, threads),
+             [&](int part, int parts) { body(cut(n, part, parts, kGrain), cut(n, part + 1, parts, kGrain)); });
 }
 
 // Walks items of given sizes, laid end to end, from position begin to end: visit(item, first, last) per item.
