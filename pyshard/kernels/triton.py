@@ -37,9 +37,7 @@ def unavailable(device_type: str) -> str | None:
     if device_type == "cpu":
         if interpreted:
             return None
-        return (
-            "Triton only interprets on CPU tensors. Set TRITON_INTERPRET=1 before the first import of triton"
-        )
+        return "CPU tensors need Triton's interpreter. Set TRITON_INTERPRET=1 before triton is first imported"
     if interpreted:
         return "TRITON_INTERPRET is set, so that Triton serves CPU tensors only. Unset it and start again"
     if torch.version.cuda is None:
@@ -58,7 +56,7 @@ def _file(name: str) -> ModuleType:
 def _launch(
     kernel: Any, blocks: int, device: torch.device, *arguments: Any, num_warps: int, **constants: Any
 ) -> None:
-    """One launch of `blocks` programs, without fused multiply-adds, which would round once instead of twice."""
+    """One launch of `blocks` programs. A fused multiply-add would round once instead of twice."""
     if blocks == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
