@@ -57,3 +57,22 @@ def seed(request: pytest.FixtureRequest) -> int:
 def rng(seed: int) -> np.random.Generator:
     """Random numbers from the test's seed."""
     return np.random.default_rng(seed)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `isa` runs once for each instruction set of the CPU kernels that this machine has."""
+    if "isa" in metafunc.fixturenames:
+        from pyshard import _C
+
+        metafunc.parametrize("isa", _C.cpu_isas(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The instruction set that the CPU kernels use during the test."""
+    from pyshard import _C
+
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
