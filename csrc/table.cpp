@@ -18,13 +18,9 @@ PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); 
 // Names of the attributes that are read, made once.
 struct Names {
   PyObject* grad = interned("grad");
-  PyObject* data_ptr = interned("data_ptr");
-  PyObject* numel = interned("numel");
-  PyObject* dtype = interned("dtype");
-  PyObject* is_contiguous = interned("is_contiguous");
-  PyObject* stride = interned("stride");
-  PyObject* get_device = interned("get_device");
   PyObject* local = interned("_local_tensor");
+  PyObject* placements = interned("placements");
+  PyObject* wait = interned("wait");
   PyObject* params = interned("params");
 };
 
@@ -39,176 +35,195 @@ py::object attribute(PyObject* object, PyObject* name) {
   return py::reinterpret_steal<py::object>(value);
 }
 
-py::object call(PyObject* object, PyObject* method) {
-  PyObject* value = PyObject_CallMethodNoArgs(object, method);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
-}
-
-uintptr_t address(PyObject* tensor) {
-  const py::object value = call(tensor, names().data_ptr);
-  return static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(value.ptr()));
-}
-
-uintptr_t grad_bytes(const AdamRow& row) {
-  return static_cast<uintptr_t>(row.n) * (row.kind >= 0 && grad_dtype(row.kind) != kFloat32 ? 2 : 4);
-}
-
-int64_t integer(PyObject* tensor, PyObject* method) { return PyLong_AsLongLong(call(tensor, method).ptr()); }
-
-// The tensor whose memory is meant: of a DTensor, its local shard.
+// The tensor whose memory is meant: of a DTensor its local shard, waited for if a collective is still filling it.
 py::object local(PyObject* tensor, bool is_dtensor) {
-  return is_dtensor ? attribute(tensor, names().local) : py::reinterpret_borrow<py::object>(tensor);
+  if (!is_dtensor) return py::reinterpret_borrow<py::object>(tensor);
+  py::object shard = attribute(tensor, names().local);
+  if (PyObject_HasAttr(shard.ptr(), names().wait)) shard = attribute(shard.ptr(), names().wait)();
+  return shard;
+}
+
+bool refers_to(PyObject* reference, PyObject* object) {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* target = nullptr;
+  if (PyWeakref_GetRef(reference, &target) < 0) throw py::error_already_set();
+  Py_XDECREF(target);
+  return target == object;
+#else
+  return PyWeakref_GetObject(reference) == object;
+#endif
+}
+
+py::object weak_reference(const py::object& tensor) {
+  PyObject* reference = PyWeakref_NewRef(tensor.ptr(), nullptr);
+  if (reference == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(reference);
 }
 
 }  // namespace
 
-void AdamTable::add(py::object param, py::dict state, py::list held, py::tuple row, py::object grad, py::object dtype,
-                    py::object stride, int64_t group, bool is_dtensor, bool copied) {
-  Entry entry{};
-  const auto pointer = [&](size_t i) { return reinterpret_cast<void*>(row[i].cast<uintptr_t>()); };
-  entry.row = {pointer(0),
-               pointer(1),
-               pointer(2),
-               static_cast<float*>(pointer(3)),
-               static_cast<float*>(pointer(4)),
-               static_cast<float*>(pointer(5)),
-               row[6].cast<int64_t>(),
-               row[7].cast<int32_t>(),
-               0};
-  entry.step = static_cast<float*>(pointer(8));
-  for (const auto& item : held) {
-    const auto pair = item.cast<py::tuple>();
-    PyObject* key = pair[0].ptr();
-    Py_INCREF(key);
-    PyUnicode_InternInPlace(&key);  // kept for the life of the process: there are five such keys
-    const py::object tensor = pair[1];
-    entry.held.push_back(
-        {key, tensor, address(local(tensor.ptr(), is_dtensor && py::hasattr(tensor, "_local_tensor")).ptr())});
+AdamTable::Known AdamTable::known(const TensorView& view, bool with_layout) {
+  Known result;
+  result.device_type = view.device_type;
+  result.device_id = view.device_id;
+  result.code = view.code;
+  result.bits = view.bits;
+  result.shape.assign(view.shape, view.shape + view.ndim);
+  if (with_layout) {
+    result.strides.assign(view.strides, view.strides + view.ndim);
+    result.address = view.address();
   }
-  entry.dtype = std::move(dtype);
-  entry.param = std::move(param);
-  entry.state = std::move(state);
-  entry.grad = std::move(grad);
-  entry.stride = std::move(stride);
+  return result;
+}
+
+// Equal in all but the address. Strides count only if they are known, and only where a step along them is possible.
+bool AdamTable::same(const TensorView& view, const Known& known) {
+  if (view.device_type != known.device_type || view.device_id != known.device_id) return false;
+  if (view.code != known.code || view.bits != known.bits || view.ndim != static_cast<int32_t>(known.shape.size()))
+    return false;
+  for (int32_t i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] != known.shape[i]) return false;
+    if (!known.strides.empty() && view.shape[i] > 1 && view.strides[i] != known.strides[i]) return false;
+  }
+  return true;
+}
+
+void AdamTable::add(const py::object& param, const py::dict& state, const py::tuple& keys, int32_t kind,
+                    bool grad_is_fp32, int64_t group, bool is_dtensor, const py::object& param_buffer,
+                    const py::object& grad_buffer) {
+  Entry entry{};
+  std::vector<uintptr_t> pointers;  // in the order of keys
+  for (const auto& item : keys) {
+    pointers.push_back(0);
+    if (item.is_none()) continue;
+    PyObject* key = item.ptr();
+    Py_INCREF(key);
+    PyUnicode_InternInPlace(&key);  // kept for the life of the process: there are six such keys
+    const py::object tensor = state[item];
+    const py::object shard = local(tensor.ptr(), is_dtensor && PyObject_HasAttr(tensor.ptr(), names().local));
+    const TensorView view = view_of(shard.ptr());
+    pointers.back() = view.address();
+    entry.held.push_back({key, weak_reference(tensor), known(view)});
+    add_output(view);
+  }
+  const py::object shard = local(param.ptr(), is_dtensor);
+  const TensorView weight = view_of(shard.ptr());
+  add_output(weight);
+  entry.param = param.ptr();
+  entry.weight = known(weight);
+  entry.copied = !param_buffer.is_none();
+  if (entry.copied) {
+    entry.grad = known(view_of(grad_buffer.ptr()), false);
+  } else {
+    entry.grad = entry.weight;
+    if (grad_is_fp32) entry.grad.bits = 32, entry.grad.code = 2;  // kDLFloat
+  }
+  if (is_dtensor) entry.placements = attribute(param.ptr(), names().placements);
+  const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+  entry.row = {entry.copied ? view_of(param_buffer.ptr()).data : weight.data,
+               pointer(pointers.at(1)),
+               entry.copied ? view_of(grad_buffer.ptr()).data : nullptr,
+               static_cast<float*>(pointer(pointers.at(2))),
+               static_cast<float*>(pointer(pointers.at(3))),
+               static_cast<float*>(pointer(pointers.at(4))),
+               weight.numel(),
+               kind,
+               0};
+  entry.step = static_cast<float*>(pointer(pointers.at(0)));
   entry.group = group;
   entry.is_dtensor = is_dtensor;
-  entry.copied = copied;
   entries_.push_back(std::move(entry));
 }
 
-void AdamTable::add_idle(py::object param) { idle_.push_back(std::move(param)); }
-
-void AdamTable::seal(py::list param_groups, py::dict state) {
-  groups_.clear();
-  states_.clear();
-  outputs_.clear();
-  for (const auto& group : param_groups) {
-    py::object params = group.cast<py::dict>()["params"];
-    std::vector<PyObject*> items;
-    for (const auto& item : params.cast<py::list>()) items.push_back(item.ptr());
-    groups_.emplace_back(std::move(params), std::move(items));
-  }
-  for (const auto& item : state)
-    states_.emplace_back(py::reinterpret_borrow<py::object>(item.first),
-                         py::reinterpret_borrow<py::object>(item.second));
-  state_ = state;
-  for (const Entry& entry : entries_) {
-    const AdamRow& row = entry.row;
-    const int32_t format = row.kind >> 3;
-    const auto add_output = [&](const void* data, int64_t size) {
-      const auto begin = reinterpret_cast<uintptr_t>(data);
-      if (data != nullptr && row.n > 0) outputs_.emplace_back(begin, begin + static_cast<uintptr_t>(row.n * size));
-    };
-    add_output(row.param, format == kF32 ? 4 : 2);
-    add_output(row.low, format == kBf16Split ? 2 : 4);
-    add_output(row.exp_avg, 4);
-    add_output(row.exp_avg_sq, 4);
-    add_output(row.max_exp_avg_sq, 4);
-  }
-  std::sort(outputs_.begin(), outputs_.end());
-  collect();
+void AdamTable::add_output(const TensorView& view) {
+  const uintptr_t size = view.extent();
+  if (size > 0) outputs_.emplace_back(view.address(), view.address() + size);
 }
 
-bool AdamTable::overlaps_output(uintptr_t begin, uintptr_t end) const {
+bool AdamTable::overlaps_output(const TensorView& view) const {
+  const uintptr_t begin = view.address(), end = begin + view.extent();
   const auto after = std::lower_bound(outputs_.begin(), outputs_.end(), std::make_pair(begin, uintptr_t{0}));
   if (after != outputs_.end() && after->first < end) return true;
   return after != outputs_.begin() && std::prev(after)->second > begin;
 }
 
-bool AdamTable::unchanged(const Entry& entry) const {
-  if (!entry.copied) {
-    const py::object param = local(entry.param.ptr(), entry.is_dtensor);
-    if (address(param.ptr()) != reinterpret_cast<uintptr_t>(entry.row.param)) return false;
-    if (integer(param.ptr(), names().numel) != entry.row.n) return false;
+void AdamTable::seal(const py::list& param_groups, const py::dict& state) {
+  std::sort(outputs_.begin(), outputs_.end());
+  for (const auto& group : param_groups) {
+    groups_.emplace_back();
+    for (const auto& param : group[py::reinterpret_borrow<py::object>(names().params)].cast<py::list>())
+      groups_.back().push_back(param.ptr());
   }
-  for (const Held& held : entry.held) {
-    PyObject* value = PyDict_GetItemWithError(entry.state.ptr(), held.key);  // borrowed
-    if (value != held.tensor.ptr()) return PyErr_Clear(), false;
-    if (entry.is_dtensor && PyObject_HasAttr(value, names().local)) {
-      if (address(attribute(value, names().local).ptr()) != held.address) return false;
-    } else if (address(value) != held.address) {
-      return false;
-    }
+  std::map<PyObject*, Py_ssize_t> positions;
+  for (const auto& item : state) positions.emplace(item.first.ptr(), positions.size());
+  std::map<Py_ssize_t, size_t> order;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    entries_[i].position = positions.at(entries_[i].param);
+    order.emplace(entries_[i].position, i);
+    if (!take_grad(entries_[i], false)) throw std::runtime_error("pyshard: a gradient changed while it was checked");
   }
-  return true;
+  for (const auto& item : order) by_position_.push_back(item.second);
+  collect();
 }
 
-bool AdamTable::accept(Entry& entry, PyObject* grad) {
-  const py::object tensor = local(grad, entry.is_dtensor);
-  if (attribute(tensor.ptr(), names().dtype).ptr() != entry.dtype.ptr()) return false;
-  if (integer(tensor.ptr(), names().numel) != entry.row.n) return false;
-  if (integer(tensor.ptr(), names().get_device) != integer(entry.held[0].tensor.ptr(), names().get_device))
-    return false;
-  if (!entry.copied) {
-    if (entry.stride.is_none()) {
-      if (call(tensor.ptr(), names().is_contiguous).ptr() != Py_True) return false;
-    } else if (!call(tensor.ptr(), names().stride).equal(entry.stride)) {
-      return false;
-    }
-    const uintptr_t begin = address(tensor.ptr());
-    if (overlaps_output(begin, begin + grad_bytes(entry.row))) return false;
-    entry.row.grad = reinterpret_cast<const void*>(begin);
-  }
-  entry.grad = py::reinterpret_borrow<py::object>(grad);
-  return true;
-}
-
-bool AdamTable::refresh(py::list param_groups, py::dict state) {
-  if (state.ptr() != state_.ptr() || param_groups.size() != groups_.size()) return false;
+bool AdamTable::same_groups(const py::list& param_groups) const {
+  if (param_groups.size() != groups_.size()) return false;
   for (size_t i = 0; i < groups_.size(); ++i) {
-    PyObject* params = PyDict_GetItemWithError(PyList_GET_ITEM(param_groups.ptr(), i), names().params);
-    const std::vector<PyObject*>& items = groups_[i].second;
-    if (params == nullptr || !PyList_Check(params) ||
-        PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(items.size())) {
-      PyErr_Clear();
-      return false;
-    }
-    for (size_t j = 0; j < items.size(); ++j)
-      if (PyList_GET_ITEM(params, j) != items[j]) return false;
+    PyObject* group = PyList_GET_ITEM(param_groups.ptr(), i);
+    PyObject* params = PyDict_Check(group) ? PyDict_GetItemWithError(group, names().params) : nullptr;
+    if (params == nullptr || !PyList_Check(params)) return false;
+    if (PyList_GET_SIZE(params) != static_cast<Py_ssize_t>(groups_[i].size())) return false;
+    for (size_t j = 0; j < groups_[i].size(); ++j)
+      if (PyList_GET_ITEM(params, j) != groups_[i][j]) return false;
   }
-  if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(states_.size())) return false;
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  for (const auto& expected : states_) {
-    if (!PyDict_Next(state.ptr(), &position, &key, &value)) return false;
-    if (key != expected.first.ptr() || value != expected.second.ptr()) return false;
+  return true;
+}
+
+bool AdamTable::unchanged(const Entry& entry, PyObject* state) const {
+  const py::object shard = local(entry.param, entry.is_dtensor);
+  const TensorView weight = view_of(shard.ptr());
+  if (weight.address() != entry.weight.address || !same(weight, entry.weight)) return false;
+  for (const Held& held : entry.held) {
+    PyObject* value = PyDict_GetItemWithError(state, held.key);  // borrowed
+    if (value == nullptr || !refers_to(held.ref.ptr(), value)) return false;
+    const py::object tensor = local(value, entry.is_dtensor && PyObject_HasAttr(value, names().local));
+    const TensorView view = view_of(tensor.ptr());
+    if (view.address() != held.known.address || !same(view, held.known)) return false;
   }
+  return true;
+}
+
+bool AdamTable::take_grad(Entry& entry, bool sealed) {
+  const py::object grad = attribute(entry.param, names().grad);
+  entry.active = !grad.is_none();
+  if (!entry.active) return true;
+  if (entry.is_dtensor && !entry.copied && !attribute(grad.ptr(), names().placements).equal(entry.placements)) return false;
+  const py::object shard = local(grad.ptr(), entry.is_dtensor);
+  const TensorView view = view_of(shard.ptr());
+  if (sealed && overlaps_output(view)) return false;  // before, Python has looked closer
+  if (entry.copied && entry.is_dtensor) return true;  // of any placement; Python brings it into the parameter's
+  if (!same(view, entry.grad)) return false;
+  if (view.data == nullptr && entry.row.n > 0) return false;
+  if (!entry.copied) entry.row.grad = view.data;
+  return true;
+}
+
+bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
   try {
-    for (const py::object& param : idle_)
-      if (!attribute(param.ptr(), names().grad).is_none()) return false;
-    for (Entry& entry : entries_) {
-      if (!unchanged(entry)) return false;
-      const py::object grad = attribute(entry.param.ptr(), names().grad);
-      if (grad.is_none()) {
-        entry.grad = grad;
-        continue;
-      }
-      const bool same =
-          grad.ptr() == entry.grad.ptr() && (entry.copied || address(local(grad.ptr(), entry.is_dtensor).ptr()) ==
-                                                                 reinterpret_cast<uintptr_t>(entry.row.grad));
-      if (!same && !accept(entry, grad.ptr())) return false;
+    if (!same_groups(param_groups)) return false;
+    for (PyObject* param : idle_)
+      if (!attribute(param, names().grad).is_none()) return false;
+    PyObject *key, *value;
+    Py_ssize_t at = 0, position = 0;
+    auto next = by_position_.begin();
+    for (; next != by_position_.end() && PyDict_Next(state.ptr(), &at, &key, &value); ++position) {
+      Entry& entry = entries_[*next];
+      if (position < entry.position) continue;
+      if (key != entry.param || !PyDict_Check(value)) return false;
+      if (!unchanged(entry, value) || !take_grad(entry, true)) return false;
+      ++next;
     }
+    if (next != by_position_.end()) return false;
   } catch (py::error_already_set&) {
     return false;  // Python checks again, and says what is wrong
   }
@@ -220,7 +235,7 @@ void AdamTable::collect() {
   rows_.clear();
   active_.clear();
   for (size_t i = 0; i < entries_.size(); ++i) {
-    if (entries_[i].grad.is_none()) continue;
+    if (!entries_[i].active) continue;
     rows_.push_back(entries_[i].row);
     active_.push_back(i);
   }
@@ -304,8 +319,9 @@ void AdamTable::adam(double grad_scale, int threads) {
 void bind_table(py::module_& m) {
   py::class_<AdamTable>(m, "AdamTable")
       .def(py::init<>())
-      .def("add", &AdamTable::add, py::arg("param"), py::arg("state"), py::arg("held"), py::arg("row"), py::arg("grad"),
-           py::arg("dtype"), py::arg("stride"), py::arg("group"), py::arg("is_dtensor"), py::arg("copied"))
+      .def("add", &AdamTable::add, py::arg("param"), py::arg("state"), py::arg("keys"), py::arg("kind"),
+           py::arg("grad_is_fp32"), py::arg("group"), py::arg("is_dtensor"), py::arg("param_buffer"),
+           py::arg("grad_buffer"))
       .def("add_idle", &AdamTable::add_idle)
       .def("seal", &AdamTable::seal)
       .def("refresh", &AdamTable::refresh)

@@ -1,18 +1,23 @@
 // AdamTable: the rows of a step, and what they were made from.
 //
 // Python checks every tensor once, when a row is added. At each later step refresh() answers one question: does all
-// that was checked still hold? It compares the parameters, the state dictionaries and the addresses with what it
-// knows, and takes over new gradients that are of the same kind. Anything else makes it answer no, and Python checks
-// again from the start. It walks Python objects in C++ because 2,000 small tensors would otherwise cost more time in
-// attribute look-ups than in arithmetic (0.2 us a tensor here against 0.9 us in Python).
+// that was checked still hold? It compares the parameters, the state dictionaries and every tensor's dtype, device,
+// shape, strides and address with what it knows, and takes over new gradients of the same kind. Anything else makes it
+// answer no, and Python checks again from the start. It walks Python objects in C++ because 2,000 small tensors would
+// otherwise cost more time in attribute look-ups than in arithmetic (0.3 us a tensor here against several in Python).
+//
+// The table owns no tensor: gradients die when zero_grad() drops them and state when the user moves it away. Parameters
+// are kept by the Launch that has the table; state tensors are known by weak reference.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "adam.h"
+#include "tensor_view.h"
 
 namespace pyshard {
 
@@ -20,19 +25,17 @@ namespace py = pybind11;
 
 class AdamTable {
  public:
-  // Adds a parameter that has state. `held` are the (key, tensor) pairs of its state dictionary whose addresses are in
-  // the row; `row` is (param, low, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, kind, step address).
-  // `grad` is None for a parameter without one at the moment. `dtype` is the gradient's, `stride` None for contiguous
-  // tensors and else what the gradient's stride() must be. `copied` marks an entry whose parameter and gradient
-  // Python copies into the row's buffers before each step.
-  void add(py::object param, py::dict state, py::list held, py::tuple row, py::object grad, py::object dtype,
-           py::object stride, int64_t group, bool is_dtensor, bool copied);
+  // Adds a parameter that has state. `keys` name the items of its state that a step uses, in this order: step count,
+  // remainder or master, exp_avg, exp_avg_sq, max_exp_avg_sq; None for one that it does not have. `kind` is AdamRow's
+  // (-1 for fp64). The buffers are None, or what Python copies the parameter and its gradient into before each step.
+  void add(const py::object& param, const py::dict& state, const py::tuple& keys, int32_t kind, bool grad_is_fp32,
+           int64_t group, bool is_dtensor, const py::object& param_buffer, const py::object& grad_buffer);
   // Adds a parameter that has had no gradient yet.
-  void add_idle(py::object param);
+  void add_idle(const py::object& param) { idle_.push_back(param.ptr()); }
   // Remembers the groups and the state as they are now.
-  void seal(py::list param_groups, py::dict state);
+  void seal(const py::list& param_groups, const py::dict& state);
   // True if everything still holds; afterwards the rows point to the current gradients.
-  bool refresh(py::list param_groups, py::dict state);
+  bool refresh(const py::list& param_groups, const py::dict& state);
 
   py::list active() const;  // indices (in order of add) of the entries that have a gradient
   int64_t count() const { return static_cast<int64_t>(rows_.size()); }
@@ -46,7 +49,7 @@ class AdamTable {
   // rows [n, 8], the first Adam block of each row and the end [n + 1], likewise norm blocks [n + 1], the addresses of
   // the step counts [n], AdamHyper [k, 8]. prepare() comes first.
   void pack(uintptr_t words, int64_t adam_block, int64_t norm_block) const;
-  int64_t packed_size() const { return 19 * count() + 2 + 8 * hypers_count(); }
+  int64_t packed_size() const { return 11 * count() + 2 + 8 * hypers_count(); }
   std::vector<int32_t> kinds() const;  // of the active rows that have elements, sorted
   bool aligned() const;                // every address of the active rows is a multiple of 16
 
@@ -56,34 +59,47 @@ class AdamTable {
   void count_step();  // the step counts alone
 
  private:
+  // What a tensor must go on being.
+  struct Known {
+    int32_t device_type = 0, device_id = 0;
+    uint8_t code = 0, bits = 0;
+    std::vector<int64_t> shape, strides;
+    uintptr_t address = 0;
+  };
   struct Held {
-    PyObject* key;
-    py::object tensor;
-    uintptr_t address;
+    PyObject* key;   // interned, never freed
+    py::object ref;  // weak reference to the tensor
+    Known known;
   };
   struct Entry {
-    py::object param, state, grad, dtype, stride;
+    PyObject* param;        // borrowed: the Launch keeps it
+    Py_ssize_t position;    // in the optimizer's state
+    Known weight, grad;     // of a copied entry: not the buffers, but what they are filled from
+    py::object placements;  // of a DTensor's gradient
     std::vector<Held> held;
     AdamRow row;
     float* step;
     int64_t group;
-    bool is_dtensor, copied;
+    bool is_dtensor, copied, active;
   };
 
-  bool unchanged(const Entry& entry) const;
-  bool accept(Entry& entry, PyObject* grad);
-  bool overlaps_output(uintptr_t begin, uintptr_t end) const;
+  static Known known(const TensorView& view, bool with_layout = true);
+  static bool same(const TensorView& view, const Known& known);
+  bool same_groups(const py::list& param_groups) const;
+  bool unchanged(const Entry& entry, PyObject* state) const;
+  bool take_grad(Entry& entry, bool sealed);
+  void add_output(const TensorView& view);
+  bool overlaps_output(const TensorView& view) const;
   void collect();
 
   std::vector<Entry> entries_;
-  std::vector<py::object> idle_;
-  std::vector<AdamRow> rows_;   // of the active entries, as kernels read them
-  std::vector<size_t> active_;  // their entries
+  std::vector<size_t> by_position_;  // entries in the order of the optimizer's state
+  std::vector<PyObject*> idle_;      // borrowed
+  std::vector<AdamRow> rows_;        // of the active entries, as kernels read them
+  std::vector<size_t> active_;       // their entries
   std::vector<AdamHyper> hypers_;
-  std::vector<std::pair<uintptr_t, uintptr_t>> outputs_;               // sorted ranges that a step writes
-  std::vector<std::pair<py::object, std::vector<PyObject*>>> groups_;  // (params list, its items) at the time of seal
-  std::vector<std::pair<py::object, py::object>> states_;
-  py::object state_;
+  std::vector<std::pair<uintptr_t, uintptr_t>> outputs_;  // sorted ranges that a step writes
+  std::vector<std::vector<PyObject*>> groups_;            // borrowed parameters of each group
 };
 
 void bind_table(py::module_& m);

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .formats import Format, kind_of
 from .launch import Entry, HostLaunch, Launch
 from .reference import NORM_BLOCK, clip_coefficient
 from .registry import BACKENDS
@@ -23,9 +24,7 @@ from .registry import BACKENDS
 if TYPE_CHECKING:
     from ..optim.adam import Adam
 
-ADAM_BLOCK = (
-    1024  # elements of one block: 128 threads of 8, so that 16-bit tensors too are read 16 bytes at a time
-)
+ADAM_BLOCK = 1024  # elements of one block: 128 threads of 8, so that 16-bit tensors too are read 16 bytes at a time
 
 
 class Control(IntEnum):
@@ -87,20 +86,10 @@ class DeviceLaunch(Launch):
     def square_sum(self) -> Tensor:
         """Sum of squares of the gradients in the fixed order of blocks: a 0-d double on the device."""
         rows, _, norm_first, _, _ = self._parts()
-        blocks = _blocks(self._host, rows.shape[0], which=1)
-        if blocks == 0:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        values = torch.empty(blocks, dtype=torch.float64, device=self.device)
-        self.kernels.square_sum(rows, norm_first, values)
-        while values.numel() > 1:
-            sums = torch.empty(-(-values.numel() // NORM_BLOCK), dtype=torch.float64, device=self.device)
-            self.kernels.sum(values, sums)
-            values = sums
-        return values[0]
+        blocks = self.table.blocks(NORM_BLOCK)
+        return _square_sum(self.kernels, rows, norm_first, blocks)
 
-    def set_inputs(
-        self, grad_scale: float | Tensor, max_norm: float, square_sum: Tensor | None, skip: bool
-    ) -> None:
+    def set_inputs(self, grad_scale: float | Tensor, max_norm: float, square_sum: Tensor | None, skip: bool) -> None:
         """Writes what decides about this step into the control tensor."""
         tensors = isinstance(grad_scale, Tensor)
         inputs = (1.0 if isinstance(grad_scale, Tensor) else grad_scale, max_norm, 0.0, 0.0, float(skip))
@@ -131,7 +120,7 @@ class DeviceLaunch(Launch):
         self.kernels.prepare(hypers, steps if self.capturable else None, self.control, scalars)
         if not self.capturable:
             self.table.count_step()
-        blocks = _blocks(self._host, n, which=0)
+        blocks = self.table.blocks(ADAM_BLOCK)
         if blocks:
             kinds = tuple(self.table.kinds())
             self.kernels.adam(rows, adam_first, blocks, scalars, self.control, kinds, self.table.aligned())
@@ -140,11 +129,6 @@ class DeviceLaunch(Launch):
 def new_control(device: torch.device) -> Tensor:
     """A control tensor that has counted nothing yet."""
     return torch.zeros(len(Control), dtype=torch.float64, device=device)
-
-
-def _blocks(host: Tensor, rows: int, which: int) -> int:
-    """Number of blocks of all rows, read from the host's copy of the table: 0 for Adam, 1 for the norm."""
-    return int(host[8 * rows + (which + 1) * (rows + 1) - 1])
 
 
 def step_on_device(optimizer: "Adam", launches: list[Launch], groups: list[list[float]]) -> None:
@@ -213,14 +197,40 @@ def _lr_tensors(optimizer: "Adam", launch: DeviceLaunch) -> dict[int, Tensor]:
     return {i: g["lr"] for i, g in enumerate(optimizer.param_groups) if isinstance(g["lr"], Tensor)}
 
 
-def adam_rows(
-    backend: str, device: torch.device, table: list[list[int]], hyper: list[float], scale: float
-) -> None:
+def _square_sum(kernels: Any, rows: Tensor, first_block: Tensor, blocks: int) -> Tensor:
+    """Blocks of gradients, then blocks of their sums, until one value is left."""
+    if blocks == 0:
+        return torch.zeros((), dtype=torch.float64, device=rows.device)
+    values = torch.empty(blocks, dtype=torch.float64, device=rows.device)
+    kernels.square_sum(rows, first_block, values)
+    while values.numel() > 1:
+        sums = torch.empty(-(-values.numel() // NORM_BLOCK), dtype=torch.float64, device=rows.device)
+        kernels.sum(values, sums)
+        values = sums
+    return values[0]
+
+
+def square_sum(backend: str, tensors: list[Tensor]) -> Tensor:
+    """Sum of squares of dense fp32, bf16 or fp16 tensors on one device, in the fixed order of blocks; a 0-d double."""
+    formats = {torch.float32: Format.F32, torch.bfloat16: Format.BF16_NONE, torch.float16: Format.FP16_NONE}
+    rows = [[0, 0, t.data_ptr(), 0, 0, 0, t.numel(), kind_of(formats[t.dtype], t.dtype, False, False)] for t in tensors]
+    ends = _ends(rows, NORM_BLOCK)
+    where = tensors[0].device
+    kernels = importlib.import_module(BACKENDS[backend].module)
+    return _square_sum(kernels, torch.tensor(rows).to(where), ends.to(where), int(ends[-1]))
+
+
+def _ends(rows: list[list[int]], block: int) -> Tensor:
+    """First block of each row, and the number of all blocks."""
+    return torch.tensor([0, *(-(-row[6] // block) for row in rows)], dtype=torch.int64).cumsum(0)
+
+
+def adam_rows(backend: str, device: torch.device, table: list[list[int]], hyper: list[float], scale: float) -> None:
     """One step over rows (seven words of AdamRow, kind, hyper index) with one set of hyperparameters."""
     kernels: Any = importlib.import_module(BACKENDS[backend].module)
     words = [[*row[:7], row[7] | row[8] << 32] for row in table]
     rows = torch.tensor(words, dtype=torch.int64).to(device)
-    ends = torch.tensor([0, *(-(-row[6] // ADAM_BLOCK) for row in table)], dtype=torch.int64).cumsum(0)
+    ends = _ends(table, ADAM_BLOCK)
     control = new_control(device)
     control[: Control.SQUARE_SUM] = torch.tensor([scale, math.inf], dtype=torch.float64)
     scalars = torch.empty(1, 9, dtype=torch.float32, device=device)

@@ -5,8 +5,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from . import reference
-from .registry import choose
+from . import device, reference
+from .registry import BACKENDS, choose
 
 
 def grad_norm(tensors: list[Tensor], backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -33,16 +33,18 @@ def grad_norm(tensors: list[Tensor], backend: str = "auto") -> tuple[Tensor, Ten
             )
         if tensor.device != tensors[0].device:
             raise ValueError(
-                f"pyshard.grad_norm: tensor {i} is on {tensor.device} and tensor 0 on {tensors[0].device}; expected one "
-                "device. Call it once a device and combine the squares."
+                f"pyshard.grad_norm: tensor {i} is on {tensor.device} and tensor 0 on {tensors[0].device}; expected "
+                "one device. Call it once a device and combine the squares."
             )
     if not tensors:
         return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.bool)
     dense = [reference.in_memory_order(t.detach()) for t in tensors]
-    names = {choose(backend, t.device, t.dtype).module for t in dense}
-    if len(names) > 1:  # fp64 beside other dtypes: one order of summation for all of them
-        names = {reference.__name__}
-    total = importlib.import_module(names.pop()).square_sum(dense)
+    backends = {choose(backend, t.device, t.dtype) for t in dense}
+    chosen = backends.pop() if len(backends) == 1 else BACKENDS["reference"]  # fp64 beside other dtypes
+    if chosen.on_device:
+        total = device.square_sum(chosen.name, dense)
+    else:
+        total = importlib.import_module(chosen.module).square_sum(dense)
     # Squares of finite fp32 numbers cannot overflow a double, so the sum tells; fp64 is looked at itself.
     nonfinite = ~torch.isfinite(total)
     if any(t.dtype == torch.float64 for t in dense):

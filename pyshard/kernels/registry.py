@@ -33,7 +33,8 @@ class Backend:
         if self.devices is not None and device_type not in self.devices:
             return f"it serves {' and '.join(self.devices)} tensors, not {device_type}"
         if dtype not in self.dtypes:
-            return f"it serves {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {str(dtype).removeprefix('torch.')}"
+            served = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"it serves {served}, not {str(dtype).removeprefix('torch.')}"
         return _unavailable(self.module, device_type)
 
 
