@@ -31,9 +31,7 @@ def bench_bf16_step(measure, settings, clip: bool) -> None:
     def ours(library: peers.Library, step_bytes: int, **options: object):
         build = peers.pyshard_adamw(max_grad_norm=max_norm, **options)
         traffic = f"{norm_text}step {step_bytes}"
-        return peers.plain(
-            replace(library, build=build), tensors, settings.peers, step_bytes + norm_bytes, traffic
-        )
+        return peers.plain(replace(library, build=build), tensors, settings.peers, step_bytes + norm_bytes, traffic)
 
     racers = [
         ours(peers.PYSHARD, 26),

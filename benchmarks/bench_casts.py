@@ -24,9 +24,7 @@ def kernels(device: str):
     return importlib.import_module(registry.choose("auto", torch.device(device), FP32).module)
 
 
-def racers(
-    settings, nbytes: int, traffic: str, makers: dict[str, Callable[[], Run]]
-) -> list[Contestant | Absent]:
+def racers(settings, nbytes: int, traffic: str, makers: dict[str, Callable[[], Run]]) -> list[Contestant | Absent]:
     """Contestants by name; those whose name begins with pyshard are ours, the first of them the subject."""
     entries: list[Contestant | Absent] = []
     for name, make in makers.items():
@@ -34,9 +32,7 @@ def racers(
         reason = peers.missing(library, settings.device, settings.peers)
         role = library.role if name == "pyshard" or library.role == "peer" else "ours"
         version = machine.version(library.package)
-        entries.append(
-            Absent(name, reason) if reason else Contestant(name, version, make, nbytes, traffic, role)
-        )
+        entries.append(Absent(name, reason) if reason else Contestant(name, version, make, nbytes, traffic, role))
     return entries
 
 
@@ -117,9 +113,7 @@ def bench_split(measure, settings, which: str) -> None:
 
     makers: dict[str, Callable[[], Run]] = {
         "pyshard": lambda: in_place(getattr(kernels(settings.device), which), *tensors()),
-        "torch integer operations": lambda: in_place(
-            torch_split if which == "split" else torch_join, *tensors()
-        ),
+        "torch integer operations": lambda: in_place(torch_split if which == "split" else torch_join, *tensors()),
     }
     n = settings.pick(2**25, 2**12)
     measure(

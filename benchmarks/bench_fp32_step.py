@@ -10,9 +10,7 @@ def bench_fp32_step(measure, settings) -> None:
     tensors = peers.Tensors(1, settings.pick(2**25, 2**12), device=settings.device)
     racers = [
         # foreach makes many passes, but 28 bytes are what the work needs
-        peers.plain(
-            lib, tensors, settings.peers, BYTES, "many passes" if lib is peers.TORCH_FOREACH else "one pass"
-        )
+        peers.plain(lib, tensors, settings.peers, BYTES, "many passes" if lib is peers.TORCH_FOREACH else "one pass")
         for lib in peers.fp32_racers(settings.device)
     ]
     measure(

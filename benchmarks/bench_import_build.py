@@ -32,9 +32,7 @@ def _import(library: peers.Library, statement: str, wanted: list[str]) -> Contes
         return Run(lambda: float(machine.fresh_python(code).split()[-1]), times_itself=True)
 
     return (
-        Absent(name, reason)
-        if reason
-        else Contestant(name, machine.version(library.package), make, role=library.role)
+        Absent(name, reason) if reason else Contestant(name, machine.version(library.package), make, role=library.role)
     )
 
 

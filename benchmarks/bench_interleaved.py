@@ -33,9 +33,7 @@ def _demo_model() -> type[torch.nn.Module]:
     return module.GPT
 
 
-def _contestants(
-    library: peers.Library, model_class, options: dict, dtype, settings
-) -> list[Contestant | Absent]:
+def _contestants(library: peers.Library, model_class, options: dict, dtype, settings) -> list[Contestant | Absent]:
     """The library's step in training, and in a tight loop, each on a model of its own."""
 
     def make(training: bool) -> Run:
@@ -78,9 +76,7 @@ def bench_interleaved(measure, settings, dtype: torch.dtype) -> None:
     elements = sum(p.numel() for p in model_class(**options).parameters())
     name = "fp32" if dtype is torch.float32 else "bf16"
     libraries = [peers.PYSHARD, peers.TORCH_FUSED] if name == "fp32" else [peers.PYSHARD]
-    entries = [
-        c for library in libraries for c in _contestants(library, model_class, options, dtype, settings)
-    ]
+    entries = [c for library in libraries for c in _contestants(library, model_class, options, dtype, settings)]
     measure(
         Case(
             name=f"interleaved, {name}",

@@ -43,9 +43,7 @@ class Settings:
 def settings(pytestconfig: pytest.Config) -> Settings:
     device = pytestconfig.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(
-            "--device cuda: torch finds no CUDA device here; leave the option out for the CPU"
-        )
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device here; leave the option out for the CPU")
     threads = pytestconfig.getoption("--threads")
     if threads:
         torch.set_num_threads(threads)
@@ -81,9 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # pytest-benchmark's own table then shows the subject's times, see SubjectClock
-        item.add_marker(
-            pytest.mark.benchmark(timer=SUBJECT_CLOCK, group="pyshard, as pytest-benchmark saw it")
-        )
+        item.add_marker(pytest.mark.benchmark(timer=SUBJECT_CLOCK, group="pyshard, as pytest-benchmark saw it"))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -78,15 +78,11 @@ def run_tests() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="gpu-report", description="GPU tests and benchmarks into one JSON file."
-    )
+    parser = argparse.ArgumentParser(prog="gpu-report", description="GPU tests and benchmarks into one JSON file.")
     parser.add_argument("--part", choices=["all", "tests", "benchmarks"], default="all", help="what to run")
     part = parser.parse_args().part
     if not torch.cuda.is_available():
-        sys.exit(
-            f"gpu-report: torch {torch.__version__} finds no CUDA device. Run it on a machine with a GPU."
-        )
+        sys.exit(f"gpu-report: torch {torch.__version__} finds no CUDA device. Run it on a machine with a GPU.")
 
     path = results.RESULTS / f"{machine.slug('cuda')}.json"
     before = json.loads(path.read_text()) if path.exists() else {}

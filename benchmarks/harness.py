@@ -111,9 +111,7 @@ class Race:
                 if entry.role != "peer":  # our own failure is a failure, not a line in a table
                     raise
                 self._runs.pop(entry.name, None)
-                self.absent.append(
-                    Absent(entry.name, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-                )
+                self.absent.append(Absent(entry.name, f"{type(error).__name__}: {str(error).splitlines()[0]}"))
                 continue
             self.present.append(entry)
             self.samples[entry.name] = []
@@ -132,7 +130,7 @@ class Race:
     def round(self) -> None:
         """One round: one sample of every contestant."""
         count = len(self.present)
-        order = [self.present[(self._round + i) % count] for i in range(count)]
+        order = [self.present[(self._round // 2 + i) % count] for i in range(count)]
         if self._round % 2:
             order.reverse()
         self._round += 1

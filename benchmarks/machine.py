@@ -105,9 +105,7 @@ def environment(device: str) -> dict[str, object]:
 
 def commit() -> str:
     """The commit that was measured; "+" after it: files of the library differ from that commit."""
-    changed = first_line(
-        "git", "status", "--porcelain", "--untracked-files=no", "--", "pyshard", "csrc", "setup.py"
-    )
+    changed = first_line("git", "status", "--porcelain", "--untracked-files=no", "--", "pyshard", "csrc", "setup.py")
     return first_line("git", "rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
@@ -119,9 +117,7 @@ def slug(device: str) -> str:
 
 def fresh_python(code: str, timeout: float = 120) -> str:
     """What `code` prints in a new interpreter; RuntimeError with its last line of error if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=timeout
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=timeout)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RuntimeError(lines[-1])

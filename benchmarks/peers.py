@@ -92,9 +92,7 @@ TORCHAO_8BIT = Library(
     _torchao("AdamW8bit", bf16_stochastic_round=True),
 )
 BITSANDBYTES = Library("bitsandbytes AdamW", "bitsandbytes", "bitsandbytes", _bitsandbytes("AdamW"))
-BITSANDBYTES_8BIT = Library(
-    "bitsandbytes AdamW8bit", "bitsandbytes", "bitsandbytes", _bitsandbytes("AdamW8bit")
-)
+BITSANDBYTES_8BIT = Library("bitsandbytes AdamW8bit", "bitsandbytes", "bitsandbytes", _bitsandbytes("AdamW8bit"))
 APEX = Library("apex FusedAdam", "apex", "apex", _apex, devices=("cuda",))
 TRANSFORMER_ENGINE = Library(
     "Transformer Engine FusedAdam",

@@ -92,17 +92,13 @@ def draw(result: dict[str, Any], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [
-        (title, result["cases"][case], names)
-        for case, (title, names) in PANELS.items()
-        if case in result["cases"]
+        (title, result["cases"][case], names) for case, (title, names) in PANELS.items() if case in result["cases"]
     ]
     if not panels:
         raise ValueError(f"the result holds none of the cases {', '.join(PANELS)}; run `make bench` first")
     with plt.rc_context({"font.size": 9, "font.family": "DejaVu Sans"}):
         lines = (len(panels) + 1) // 2
-        figure, grid = plt.subplots(
-            lines, 2, figsize=(11, 2.35 * lines + 0.9), squeeze=False, layout="constrained"
-        )
+        figure, grid = plt.subplots(lines, 2, figsize=(11, 2.35 * lines + 0.9), squeeze=False, layout="constrained")
         for axes in grid.flat:
             axes.set_axis_off() if axes in grid.flat[len(panels) :] else None
         for axes, (title, summary, names) in zip(grid.flat, panels, strict=False):
@@ -129,16 +125,10 @@ def draw(result: dict[str, Any], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws docs/benchmarks.png from a result of the benchmarks.")
-    parser.add_argument(
-        "result", nargs="?", type=Path, help="default: the newest cpu-*.json in benchmarks/results/"
-    )
+    parser.add_argument("result", nargs="?", type=Path, help="default: the newest cpu-*.json in benchmarks/results/")
     parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "docs" / "benchmarks.png")
     options = parser.parse_args()
-    found = (
-        [options.result]
-        if options.result
-        else sorted(RESULTS.glob("cpu-*.json"), key=lambda p: p.stat().st_mtime)
-    )
+    found = [options.result] if options.result else sorted(RESULTS.glob("cpu-*.json"), key=lambda p: p.stat().st_mtime)
     if not found:
         sys.exit(f"report: no result in {RESULTS}; run `make bench` first")
     draw(json.loads(found[-1].read_text()), options.out)

@@ -159,15 +159,11 @@ def table(summary: dict[str, Any]) -> str:
                 f"{row['ratio']:.2f}x" if "ratio" in row else "",
             )
         )
-    lines = [
-        *zip(*(column for column in zip(*lines) if any(column[1:])))
-    ]  # a column without numbers says nothing
+    lines = [*zip(*(column for column in zip(*lines) if any(column[1:])))]  # a column without numbers says nothing
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = [f"{summary['title']}  [{summary['rounds']} rounds, load {summary['load_average']}]"]
     for name, *cells in lines:
-        text.append(
-            "  " + name.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths[1:]))
-        )
+        text.append("  " + name.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths[1:])))
     text += [f"  {entry['name']}: not run, {entry['reason']}" for entry in summary["absent"]]
     verdict = {True: "met", False: "MISSED", None: "not measured"}
     for target in summary["targets"]:

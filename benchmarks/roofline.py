@@ -1,7 +1,7 @@
 """The machine's bandwidth: plain sweeps over as many bytes as the case moves, timed in the same rounds.
 
 Bandwidth is (bytes read + bytes written) per second, as STREAM counts it: a line that is fetched only to be
-overwritten is not counted. Several sweeps run, ours in C++ (sweep.cpp) and torch's own elementwise operations.
+overwritten is not counted. Several sweeps run, in C++ (sweep.cpp, pyshard) and in operations of torch.
 The fastest one's median is the roofline, so a slow sweep cannot flatter a kernel.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import subprocess
 import tempfile
@@ -41,6 +42,22 @@ def _library() -> ctypes.CDLL | str:
         except (OSError, subprocess.SubprocessError) as error:
             return f"sweep.cpp did not compile with {compiler}: {error}"
         return ctypes.CDLL(str(target))  # stays mapped after the file is gone
+
+
+def _own(nbytes: int) -> Contestant | Absent:
+    """The library's sweep: four arrays += 1 in lock-step, with its own threads and instruction set."""
+    name = "sweep a,b,c,d += 1 (pyshard)"
+    if importlib.util.find_spec("pyshard._C") is None:
+        return Absent(name, "pyshard._C is not built")
+    module = importlib.import_module("pyshard._C")
+    n = max(1, nbytes // 32)
+
+    def make() -> Run:
+        tensors = [_floats(n, "cpu") for _ in range(4)]
+        addresses, threads = [t.data_ptr() for t in tensors], torch.get_num_threads()
+        return Run(lambda _keep=tensors: module.cpu_sweep(addresses, n, threads))
+
+    return Contestant(name, "pyshard._C", make, 32 * n, "8 B per float", "sweep")
 
 
 def _floats(n: int, device: str) -> torch.Tensor:
@@ -93,14 +110,13 @@ def update_sweeps(nbytes: int, device: str) -> list[Contestant | Absent]:
     if device == "cpu":
         sweeps.append(_native("sweep a,b,c += g", "sweep_update", 4, 28, nbytes))
         sweeps.append(_native("sweep x += 1", "sweep_inplace", 1, 8, nbytes))
+        sweeps.append(_own(nbytes))
     return sweeps
 
 
 def read_sweeps(nbytes: int, device: str) -> list[Contestant | Absent]:
     """Sweeps that only read, as a norm does."""
-    sweeps: list[Contestant | Absent] = [
-        _torch("sweep sum (torch)", lambda t: t[0].sum(), 1, 4, nbytes, device)
-    ]
+    sweeps: list[Contestant | Absent] = [_torch("sweep sum (torch)", lambda t: t[0].sum(), 1, 4, nbytes, device)]
     if device == "cpu":
         sweeps.append(_native("sweep sum", "sweep_read", 1, 4, nbytes))
     return sweeps
