@@ -1,0 +1,43 @@
+"""What the same training takes with torch alone: fp32 master weights, clipping, and casts around the step."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TorchAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW (fused) over fp32 copies of 16-bit weights, or over the weights where they are fp32.
+
+    One step: gradients to fp32, clip them by their global norm, update the copies, round them to the weights.
+    Loads checkpoints of pyshard.AdamW, which hold the fp32 weights as `master`.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], *, max_grad_norm: float, **settings: Any) -> None:
+        self.weights = list(params)
+        self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
+        self.max_grad_norm = max_grad_norm
+        super().__init__(self.masters, fused=True, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+        nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        super().step(closure)
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            weight.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for weight in self.weights:
+            weight.grad = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["fused"] = True
+        with torch.no_grad():
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                master.copy_(self.state[master].pop("master", weight))
