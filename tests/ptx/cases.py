@@ -153,9 +153,7 @@ def integer_cases() -> list[Case]:
                 out.append(Case(f"setp.{name}.{kind}", "pred", (kind,) * 2, integers(compare, kind, "u32")))
             if bits < 64:
                 wide = f"{kind[0]}{2 * bits}"
-                out.append(
-                    Case(f"mul.wide.{kind}", wide, (kind,) * 2, integers(lambda a, b: a * b, kind, wide))
-                )
+                out.append(Case(f"mul.wide.{kind}", wide, (kind,) * 2, integers(lambda a, b: a * b, kind, wide)))
             if bits > 16:
                 out.append(Case(f"bfe.{kind}", kind, (kind, "u32#", "u32#"), bfe(kind)))
                 out.append(Case(f"bfind.{kind}", "u32", (kind,), bfind(kind)))
@@ -362,9 +360,7 @@ def conversion_cases() -> list[Case]:
     for source in ("f16", "f32", "f64"):
         for target in ("s32", "u32", "s64", "u64", "u16"):
             for mode in ("rni", "rzi", "rmi", "rpi"):
-                out.append(
-                    Case(f"cvt.{mode}.{target}.{source}", target, (source,), to_integer(target, source, mode))
-                )
+                out.append(Case(f"cvt.{mode}.{target}.{source}", target, (source,), to_integer(target, source, mode)))
     for target in ("f16", "f32", "f64"):
         for source in ("s16", "u32", "s32", "s64", "u64"):
             out.append(Case(f"cvt.rn.{target}.{source}", target, (source,), to_float(target, source, "rn")))

@@ -165,6 +165,4 @@ def _whole_warps(block: Block, here: Array) -> None:
         absent = block.live[warp] & ~here[warp]
         if here[warp].any() and absent.any():
             who = block.thread(first + int(np.flatnonzero(absent)[0]))
-            raise SynchronizationError(
-                f"only a part of warp {first // WARP} reaches the barrier: {who} does not"
-            )
+            raise SynchronizationError(f"only a part of warp {first // WARP} reaches the barrier: {who} does not")

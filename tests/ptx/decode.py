@@ -80,9 +80,7 @@ class Frame:
 class Decoder:
     """Decodes one kernel. `variables` are those of the module, already placed."""
 
-    def __init__(
-        self, functions: dict[str, Function], variables: dict[str, Place], shared_bytes: int, strict: bool
-    ):
+    def __init__(self, functions: dict[str, Function], variables: dict[str, Place], shared_bytes: int, strict: bool):
         self.functions, self.strict = functions, strict
         self.module_scope: dict[str, Slot | Place] = dict(variables)
         self.slots: list[np.dtype[Any]] = []
@@ -104,9 +102,7 @@ class Decoder:
             parameters.append((variable, buffer))
             scope[variable.name] = Place("param", buffer.start, buffer)
         self.expand(function, scope, None)
-        return Program(
-            self.blocks(), self.slots, parameters, self.local_bytes, self.shared_bytes, min(self.granule, 8)
-        )
+        return Program(self.blocks(), self.slots, parameters, self.local_bytes, self.shared_bytes, min(self.granule, 8))
 
     # Statements.
 
@@ -184,9 +180,7 @@ class Decoder:
             return _reader(found, dtype, operand)
         if isinstance(found, Place):
             if found.address >> 8 * dtype.itemsize:
-                raise UnknownInstructionError(
-                    f"the address of {operand.text} does not fit {dtype.itemsize} bytes"
-                )
+                raise UnknownInstructionError(f"the address of {operand.text} does not fit {dtype.itemsize} bytes")
             return self.constant(np.array([found.address], U64).astype(f"u{dtype.itemsize}").view(dtype))
         if operand.text == "WARP_SZ":
             return self.constant(np.array([32], dtype))
@@ -201,9 +195,7 @@ class Decoder:
         if dtype == np.bool_:
             return np.array([operand.value != 0])
         if operand.kind and int(operand.kind[1:]) // 8 != dtype.itemsize:
-            raise UnknownInstructionError(
-                f"a literal of type {operand.kind} for a value of {dtype.itemsize} bytes"
-            )
+            raise UnknownInstructionError(f"a literal of type {operand.kind} for a value of {dtype.itemsize} bytes")
         if not operand.kind and dtype.kind == "f":
             raise UnknownInstructionError("an integer literal for a floating-point value")
         bits = operand.value & (1 << 8 * dtype.itemsize) - 1
@@ -244,9 +236,7 @@ class Decoder:
             return None
         end = operand.offset + size * count
         if operand.offset < 0 or end > found.buffer.data.size or operand.offset % (size * count):
-            raise UnknownInstructionError(
-                f"a parameter of {found.buffer.data.size} bytes read at {operand.offset}"
-            )
+            raise UnknownInstructionError(f"a parameter of {found.buffer.data.size} bytes read at {operand.offset}")
         cells = found.buffer.data[operand.offset : end].view(f"u{size}")
         return [cells[k : k + 1] for k in range(count)]
 

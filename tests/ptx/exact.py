@@ -67,9 +67,7 @@ def square_root(value: Fraction) -> Fraction:
     return Fraction(2 * root + 1, 2 ** (shift + 1))
 
 
-def arithmetic(
-    kind: str, exact: Callable[..., Fraction | None], special: Callable[..., float]
-) -> Callable[..., int]:
+def arithmetic(kind: str, exact: Callable[..., Fraction | None], special: Callable[..., float]) -> Callable[..., int]:
     """An IEEE operation on bit patterns: `exact` on rationals; `special` on floats where one is not finite or
     `exact` gives None (no rational result, or a zero whose sign floats know)."""
 

@@ -121,9 +121,7 @@ def extract_field(dtype: DType) -> Fn:
         if dtype.kind == "i":
             last = np.minimum(start + length - np.uint32(1), np.uint32(top))
             sign = (shift_right(u)(bits, last) & u.type(1)).astype(bool) & (length > 0)
-            valid = field_mask(
-                np.minimum(length, np.uint32(top + 1) - np.minimum(start, np.uint32(top + 1))), u
-            )
+            valid = field_mask(np.minimum(length, np.uint32(top + 1) - np.minimum(start, np.uint32(top + 1))), u)
             out = np.where(sign, out | ~valid, out)
         return out.view(dtype)
 
@@ -148,9 +146,7 @@ def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
     out = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
     for i in range(4):
         nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
-        byte = (both >> ((nibble & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(
-            np.uint32
-        ) & np.uint32(255)
+        byte = (both >> ((nibble & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(np.uint32) & np.uint32(255)
         spread = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
         out = out | (np.where(nibble & np.uint32(8), spread, byte) << np.uint32(8 * i))
     return out

@@ -111,8 +111,7 @@ class Kernel:
     def opcodes(self) -> Counter[str]:
         """How often each opcode stands in the text, without caching hints: {"ld.global.v4.b32": 2, ...}."""
         return Counter(
-            ".".join(p for p in ins.opcode.split(".") if not transfer.is_hint(p))
-            for ins in self.instructions()
+            ".".join(p for p in ins.opcode.split(".") if not transfer.is_hint(p)) for ins in self.instructions()
         )
 
     def accesses(self) -> Counter[tuple[str, str, int]]:
@@ -173,11 +172,9 @@ class Kernel:
         program = self.program()
         grid, block = _dim(grid), _dim(block)
         if self.threads not in (None, block):
-            raise PtxError(
-                f"kernel {self.function.name} requires blocks of {self.threads} threads, got {block}"
-            )
-        self._set_arguments(program, args)
-        everything = Memory([*memory, *self.module.buffers, *(buffer for _, buffer in program.parameters)])
+            raise PtxError(f"kernel {self.function.name} requires blocks of {self.threads} threads, got {block}")
+        self._set_arguments(program, args, memory)
+        everything = Memory.of([*memory, *self.module.buffers, *(buffer for _, buffer in program.parameters)])
         steps = 0
         with np.errstate(all="ignore"):
             for index in _indices(grid, blocks):
@@ -196,25 +193,19 @@ class Kernel:
                 steps += state.run()
         return steps
 
-    def _set_arguments(self, program: Program, args: Sequence[Any]) -> None:
+    def _set_arguments(self, program: Program, args: Sequence[Any], memory: Memory) -> None:
         if len(args) != len(program.parameters):
-            raise PtxError(
-                f"kernel {self.function.name} takes {len(program.parameters)} arguments, got {len(args)}"
-            )
+            raise PtxError(f"kernel {self.function.name} takes {len(program.parameters)} arguments, got {len(args)}")
         for number, (argument, (variable, buffer)) in enumerate(zip(args, program.parameters)):
+            if isinstance(argument, np.ndarray) or hasattr(argument, "data_ptr"):
+                argument = memory.address(argument)
             value = _argument(argument, variable)
             if len(value) != buffer.data.size:
-                raise PtxError(
-                    f"argument {number}: {len(value)} bytes for {buffer.data.size} of {variable.name}"
-                )
+                raise PtxError(f"argument {number}: {len(value)} bytes for {buffer.data.size} of {variable.name}")
             buffer.data[:] = np.frombuffer(value, np.uint8)
 
 
 def _argument(value: Any, variable: Variable) -> bytes:
-    if hasattr(value, "data_ptr"):
-        value = value.data_ptr()
-    elif isinstance(value, np.ndarray):
-        value = value.ctypes.data
     if isinstance(value, (int, np.integer)) and not variable.array and variable.kind[0] in "bus":
         size = SIZES[variable.kind]
         if not -(1 << 8 * size - 1) <= int(value) < 1 << 8 * size:

@@ -91,8 +91,7 @@ class Block:
         self.memory, self.shared = memory, shared
         self.local = Private(local_bytes, self.threads)
         garbage = {
-            d: np.full(self.threads * d.itemsize, GARBAGE, np.uint8).view(d)
-            for d in set(slots) - {np.dtype(bool)}
+            d: np.full(self.threads * d.itemsize, GARBAGE, np.uint8).view(d) for d in set(slots) - {np.dtype(bool)}
         }
         garbage[np.dtype(bool)] = np.zeros(self.threads, bool)
         self.registers: list[Array] = [garbage[d] for d in slots]
@@ -144,9 +143,7 @@ class Block:
 
     # Memory.
 
-    def load(
-        self, space: str, at: Array, lanes: Array, size: int, count: int, constant: bool = False
-    ) -> list[Array]:
+    def load(self, space: str, at: Array, lanes: Array, size: int, count: int, constant: bool = False) -> list[Array]:
         if space == "shared":
             return self.shared.load(at, lanes, size, count)
         if space == "local":
@@ -207,9 +204,7 @@ class Block:
         for w in group:
             if w.deliver is not None:
                 votes = np.concatenate([g.votes[g.mask] for g in group if g.votes is not None])
-                result = {"or": votes.any(), "and": votes.all(), "popc": votes.sum(dtype=np.uint32)}[
-                    w.combine
-                ]
+                result = {"or": votes.any(), "and": votes.all(), "popc": votes.sum(dtype=np.uint32)}[w.combine]
                 self.current = self.mask = w.mask
                 w.deliver(self, np.atleast_1d(result))
             self.go(w.next_block, w.mask)
@@ -223,9 +218,7 @@ class Block:
             if bool((here == self.live).all()):
                 self._release(ids, here)
                 return True
-        places = ", ".join(
-            f"{int(w.mask.sum())} at barrier {w.ids} (PTX line {w.line})" for w in self.waiting
-        )
+        places = ", ".join(f"{int(w.mask.sum())} at barrier {w.ids} (PTX line {w.line})" for w in self.waiting)
         raise SynchronizationError(
             f"block {self.index} is stuck: of {int(self.live.sum())} live threads, {places} wait for the rest"
         )
@@ -254,9 +247,7 @@ class Block:
                 end, instruction = here.end
                 end(self)
             if self.steps > self.max_steps:
-                raise SynchronizationError(
-                    f"block {self.index} has not ended after {self.steps} instructions"
-                )
+                raise SynchronizationError(f"block {self.index} has not ended after {self.steps} instructions")
         except Fault as fault:
             lanes = self.active()
             lane = int(lanes[min(fault.lane, lanes.size - 1)])
@@ -276,7 +267,7 @@ class Block:
         missing = self.current & ~named
         if missing.any():
             raise Fault(
-                self.position(missing), "it is not in the member mask of the warp operation that it executes"
+                self.position(missing), "it is not in the member mask of its warp operation", SynchronizationError
             )
         for first in range(0, self.threads, WARP):
             warp = slice(first, first + WARP)
@@ -285,7 +276,9 @@ class Block:
             masks = np.unique(members[warp][self.current[warp]])
             if masks.size > 1:
                 raise Fault(
-                    self.position(self.current), f"the threads of warp {first // WARP} give different masks"
+                    self.position(self.current),
+                    f"the threads of warp {first // WARP} give different masks",
+                    SynchronizationError,
                 )
             wanted = (masks[0] >> lane[warp]) & np.uint32(1) == 1
             absent = wanted & self.live[warp] & ~self.current[warp]
@@ -312,7 +305,9 @@ class Block:
         unknown = (source >= self.threads) | ~self.current[np.minimum(source, self.threads - 1)]
         if (unknown & self.current).any():
             raise Fault(
-                self.position(unknown & self.current), "it reads from a thread that does not take part"
+                self.position(unknown & self.current),
+                "it reads from a thread that does not take part",
+                SynchronizationError,
             )
         return a[np.minimum(source, self.threads - 1)], self.spread(valid)
 

@@ -23,6 +23,19 @@ GARBAGE = 0xA5
 UINT = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
+# Buffers placed apart: above any host address, a gap of 2**34 fp32 elements, aligned as the real ones up to a page.
+APART_BASE = 1 << 50
+APART_GAP = 1 << 36
+APART_ALIGN = 4096
+
+
+def real_address(target: Any) -> int:
+    """The host address of a tensor or array, or the integer itself."""
+    if isinstance(target, (int, np.integer)):
+        return int(target)
+    return int(target.data_ptr() if hasattr(target, "data_ptr") else target.ctypes.data)
+
+
 class Fault(Exception):
     """A bad access: the lane (index into the addresses given) and what is wrong with it."""
 
@@ -43,9 +56,7 @@ def check_stored(view: Array, index: Array, values: Array, address: int) -> None
     lost = view[index] != values
     if lost.any():
         lane = int(np.flatnonzero(lost)[0])
-        raise Fault(
-            lane, f"another lane stores a different value to the same address {address:#x}", RaceError
-        )
+        raise Fault(lane, f"another lane stores a different value to the same address {address:#x}", RaceError)
 
 
 class Buffer:
@@ -72,13 +83,24 @@ class Buffer:
 
 
 class Memory:
-    """The buffers that a kernel may touch."""
+    """The buffers that a kernel may touch.
 
-    def __init__(self, buffers: Iterable[Buffer] = ()) -> None:
+    `apart=True` gives each buffer an address of its own, far from all others and aligned like the real one, so that
+    an access past its end cannot land in a neighbour. Pointers are then what `add` and `address` return.
+    """
+
+    def __init__(self, *, apart: bool = False) -> None:
         self._buffers: list[Buffer] = []
         self._keep: list[object] = []  # tensors stay alive as long as their addresses are known here
+        self._placed: list[tuple[int, int, int]] = []  # real address, bytes, address for the kernel
+        self._apart = apart
+
+    @classmethod
+    def of(cls, buffers: Iterable[Buffer]) -> "Memory":
+        memory = cls()
         for buffer in buffers:
-            self._insert(buffer)
+            memory._insert(buffer)
+        return memory
 
     def add(
         self,
@@ -94,29 +116,26 @@ class Memory:
         `at` places the buffer at another address than its own, for example far beyond 2**31 elements.
         Raises ValueError for a buffer that is not contiguous or overlaps another.
         """
+        real = real_address(target)
         if isinstance(target, (int, np.integer)):
             if nbytes is None:
                 raise ValueError("Memory.add: an address needs nbytes")
-            real = int(target)
-        elif hasattr(target, "data_ptr"):
-            if not target.is_contiguous():
-                raise ValueError(f"Memory.add: tensor {name!r} is not contiguous")
-            real = target.data_ptr()
-            nbytes = target.numel() * target.element_size() if nbytes is None else nbytes
-        else:
-            if not target.flags.c_contiguous:
-                raise ValueError(f"Memory.add: array {name!r} is not contiguous")
-            real = target.ctypes.data
-            nbytes = target.nbytes if nbytes is None else nbytes
+        elif not (target.is_contiguous() if hasattr(target, "data_ptr") else target.flags.c_contiguous):
+            raise ValueError(f"Memory.add: {name!r} is not contiguous; call .contiguous() or .copy()")
+        elif nbytes is None:
+            nbytes = int(target.nbytes)
         self._keep.append(target)
-        data = (
-            np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(real))
-            if nbytes
-            else np.empty(0, "u1")
-        )
-        start = real if at is None else at
-        self._insert(Buffer(start, data, writable, name or f"buffer {len(self._buffers)}"))
-        return start
+        data = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(real)) if nbytes else np.empty(0, "u1")
+        if at is None:
+            at = APART_BASE + len(self._keep) * APART_GAP + real % APART_ALIGN if self._apart else real
+        self._placed.append((real, nbytes, at))
+        self._insert(Buffer(at, data, writable, name or f"buffer {len(self._buffers)}"))
+        return at
+
+    def address(self, target: Any) -> int:
+        """The address that a kernel must be given for a tensor, an array or a real address, also inside a buffer."""
+        real = real_address(target)
+        return next((real - begin + at for begin, nbytes, at in self._placed if 0 <= real - begin < nbytes), real)
 
     def _insert(self, buffer: Buffer) -> None:
         if buffer.start == buffer.end:
@@ -141,12 +160,10 @@ class Memory:
                 if buffer.space not in spaces:
                     raise Fault(lane, f"address {address:#x} lies in .{buffer.space} memory ({buffer})")
                 return buffer
-        known = "; ".join(map(str, self._buffers)) or "none"
+        known = "; ".join(str(b) for b in self._buffers if b.space in spaces and b.space != "param") or "none"
         raise Fault(lane, f"{nbytes} bytes at {address:#x} lie in no buffer; allowed: {known}")
 
-    def _split(
-        self, addresses: Array, nbytes: int, spaces: tuple[str, ...]
-    ) -> list[tuple[Buffer, Array | None]]:
+    def _split(self, addresses: Array, nbytes: int, spaces: tuple[str, ...]) -> list[tuple[Buffer, Array | None]]:
         """Which buffer serves which lanes (None: one buffer serves all)."""
         check_aligned(addresses, nbytes)
         low, high = int(addresses.min()), int(addresses.max())
@@ -163,9 +180,7 @@ class Memory:
             left &= ~inside
         return parts
 
-    def load(
-        self, addresses: Array, size: int, count: int, spaces: tuple[str, ...], constant: bool
-    ) -> list[Array]:
+    def load(self, addresses: Array, size: int, count: int, spaces: tuple[str, ...], constant: bool) -> list[Array]:
         """`count` integers of `size` bytes from each address on. `constant`: by a non-coherent load."""
         out = [np.empty(addresses.shape, UINT[size]) for _ in range(count)]
         for buffer, lanes in self._split(addresses, size * count, spaces):
@@ -210,9 +225,7 @@ class Private:
         out = offsets > np.uint64(max(self.nbytes - size * count, -1) & (2**64 - 1))
         if self.nbytes < size * count or out.any():
             lane = int(np.flatnonzero(out)[0]) if out.any() else 0
-            raise Fault(
-                lane, f"offset {int(offsets[lane])} is outside the {self.nbytes} bytes of local memory"
-            )
+            raise Fault(lane, f"offset {int(offsets[lane])} is outside the {self.nbytes} bytes of local memory")
         return (offsets.astype(np.int64) + lanes * self.stride) // size
 
     def load(self, offsets: Array, lanes: Array, size: int, count: int) -> list[Array]:

@@ -2,9 +2,7 @@
 
 The interpreter runs all threads of a block in step, which would hide a forgotten barrier. So for each granule
 of shared memory it keeps which thread wrote it and which read it since the last barrier; a second thread that
-touches the granule with no barrier in between, at least one of them writing, is an error. A warp barrier
-clears the marks of its own warp, also towards other warps: the detector may miss a race there, and invents
-none.
+touches the granule with no barrier in between, at least one of them writing, is an error.
 """
 
 import numpy as np
@@ -13,10 +11,18 @@ from .errors import RaceError
 from .floats import Array
 from .memory import GARBAGE, UINT, Fault, check_aligned, check_stored
 
+WARP = 32
+# A mark is the index of a thread (which no other thread is ordered with), or one of these.
 NOBODY = -1
 SEVERAL = -2  # readers of different warps
-WARP = 32
-WARP_BASE = 1 << 16  # WARP_BASE + w: several readers, all of warp w
+WARP_MANY = 1 << 16  # + w: several readers, all of warp w
+WARP_SYNCED = 1 << 17  # + w: threads of warp w, which has met since
+
+
+def _warp_of(marks: Array) -> Array:
+    """The warp of marks that have one."""
+    single = marks < WARP_MANY
+    return np.where(single, marks // WARP, marks & (WARP_MANY - 1))
 
 
 class Shared:
@@ -33,19 +39,22 @@ class Shared:
         for marks in (self.writer, self.reader):
             if participants is None:
                 marks.fill(NOBODY)
-            else:
-                single = (marks >= 0) & (marks < WARP_BASE)
-                marks[single & participants[np.where(single, marks, 0)]] = NOBODY
+                continue
+            whole_warp = np.logical_and.reduceat(participants, np.arange(0, participants.size, WARP))
+            meets = np.where(marks < WARP_MANY, participants[np.clip(marks, 0, participants.size - 1)], True)
+            meets &= whole_warp[np.clip(_warp_of(marks), 0, whole_warp.size - 1)] | (marks < WARP_MANY)
+            marks[meets & (marks >= 0)] = NOBODY
 
     def warp_barrier(self, warp: int) -> None:
+        """The threads of a warp have met: ordered among themselves, but not with other warps."""
         for marks in (self.writer, self.reader):
-            own = ((marks >= 0) & (marks < WARP_BASE) & (marks // WARP == warp)) | (marks == WARP_BASE + warp)
-            marks[own] = NOBODY
+            marks[(marks >= 0) & (_warp_of(marks) == warp)] = WARP_SYNCED + warp
 
     def _index(self, offsets: Array, size: int, count: int) -> Array:
         check_aligned(offsets, size * count)
-        if int(offsets.max()) + size * count > self.nbytes:
-            lane = int(offsets.argmax())
+        outside = offsets + np.uint64(size * count) > np.uint64(self.nbytes)
+        if outside.any():
+            lane = int(np.flatnonzero(outside)[0])
             raise Fault(
                 lane,
                 f"{size * count} bytes at offset {int(offsets[lane])} are outside the {self.nbytes} bytes of "
@@ -87,34 +96,33 @@ class Shared:
         return True
 
     def _note_read(self, granules: Array, lanes: Array) -> None:
-        writer = self.writer[granules]
-        self._refuse((writer != NOBODY) & (writer != lanes), writer, lanes, "reads what", "wrote")
+        self._refuse(self.writer[granules], lanes, "reads what", "wrote")
         before = self.reader[granules]
-        fresh = (before == NOBODY) | (before == lanes)
-        self.reader[granules] = np.where(fresh, lanes, before)
+        self.reader[granules] = np.where(_foreign(before, lanes), before, lanes)
         # Lanes that do not find their own mark share the granule with another reader.
         seen = self.reader[granules]
         shared = seen != lanes
         if shared.any():
             which, mine, other = granules[shared], lanes[shared], seen[shared]
-            warp = np.where(other >= WARP_BASE, other - WARP_BASE, other // WARP)
-            same_warp = (other != SEVERAL) & (warp == mine // WARP)
-            self.reader[which] = np.where(same_warp, WARP_BASE + mine // WARP, SEVERAL)
+            same_warp = (other != SEVERAL) & (_warp_of(other) == mine // WARP)
+            self.reader[which] = np.where(same_warp, WARP_MANY + mine // WARP, SEVERAL)
             self.reader[which[~same_warp]] = SEVERAL  # wins over a duplicate that saw its own warp only
 
     def _note_write(self, granules: Array, lanes: Array) -> None:
-        writer, reader = self.writer[granules], self.reader[granules]
-        self._refuse((writer != NOBODY) & (writer != lanes), writer, lanes, "overwrites what", "wrote")
-        self._refuse((reader != NOBODY) & (reader != lanes), reader, lanes, "overwrites what", "read")
+        self._refuse(self.writer[granules], lanes, "overwrites what", "wrote")
+        self._refuse(self.reader[granules], lanes, "overwrites what", "read")
         self.writer[granules] = lanes
 
-    def _refuse(self, conflict: Array, others: Array, lanes: Array, does: str, did: str) -> None:
+    def _refuse(self, marks: Array, lanes: Array, does: str, did: str) -> None:
+        conflict = _foreign(marks, lanes)
         if conflict.any():
             lane = int(np.flatnonzero(conflict)[0])
-            other = int(others[lane])
-            who = f"thread {other}" if 0 <= other < WARP_BASE else "another thread"
-            raise Fault(
-                lane,
-                f"it {does} {who} {did} in shared memory since the last barrier, with no barrier between",
-                RaceError,
-            )
+            mark = int(marks[lane])
+            warp = f" of warp {mark & (WARP_MANY - 1)}" if mark >= WARP_MANY else ""
+            who = f"thread {mark}" if 0 <= mark < WARP_MANY else f"another thread{warp}"
+            raise Fault(lane, f"it {does} {who} {did} in shared memory, with no barrier between", RaceError)
+
+
+def _foreign(marks: Array, lanes: Array) -> Array:
+    """Where a mark stands for a thread that the lane is not ordered with."""
+    return (marks != NOBODY) & (marks != lanes) & (marks != WARP_SYNCED + lanes // WARP)

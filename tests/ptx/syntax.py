@@ -20,6 +20,8 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+# What separates tokens, for showing a statement on one line.
+_GAP = re.compile(r"(?:\s|//[^\n]*)+")
 # Directives that end with their line, and debug sections: nothing in them is executed.
 _LINE_DIRECTIVE = re.compile(r"^[ \t]*\.(?:loc|file|version|target|address_size)\b[^\n]*", re.MULTILINE)
 _SECTION = re.compile(r"^[ \t]*\.section\b[^{]*\{[^}]*\}", re.MULTILINE)
@@ -142,22 +144,20 @@ def _blank(match: re.Match[str]) -> str:
 class _Parser:
     def __init__(self, text: str) -> None:
         self.lines = text.split("\n")
-        text = _SECTION.sub(_blank, _LINE_DIRECTIVE.sub("", text))
-        self.tokens = list(self._tokens(text))
+        self.text = _SECTION.sub(_blank, _LINE_DIRECTIVE.sub("", text))
+        self.tokens = list(self._tokens(self.text))
         self.at = 0
 
-    def _tokens(self, text: str) -> Iterator[tuple[str, str, int]]:
+    def _tokens(self, text: str) -> Iterator[tuple[str, str, int, int]]:
         starts = [m.start() for m in re.finditer("\n", text)]
         position = 0
         while position < len(text):
             match = _TOKEN.match(text, position)
             line = bisect.bisect_left(starts, position) + 1
             if match is None:
-                raise UnknownInstructionError(
-                    f"PTX line {line}: cannot read {self.lines[line - 1].strip()!r}"
-                )
+                raise UnknownInstructionError(f"PTX line {line}: cannot read {self.lines[line - 1].strip()!r}")
             if match.lastgroup != "skip":
-                yield match.lastgroup or "", match.group(), line
+                yield match.lastgroup or "", match.group(), line, position
             position = match.end()
 
     # Tokens.
@@ -186,9 +186,7 @@ class _Parser:
             raise self.error(f"expected {token!r}, got {self.token!r}")
 
     def error(self, problem: str) -> PtxError:
-        return UnknownInstructionError(
-            f"PTX line {self.line}: {problem} in {self.lines[self.line - 1].strip()!r}"
-        )
+        return UnknownInstructionError(f"PTX line {self.line}: {problem} in {self.lines[self.line - 1].strip()!r}")
 
     def number(self) -> Immediate:
         sign = -1 if self.accept("-") else 1
@@ -355,7 +353,7 @@ class _Parser:
         return Registers(kind, tuple(names))
 
     def instruction(self) -> Instruction:
-        line = self.line
+        line, start = self.line, self.tokens[self.at][3]
         guard = None
         if self.accept("@"):
             negated = self.accept("!")
@@ -368,9 +366,8 @@ class _Parser:
             operands.append(self.operand())
             if self.token != ";":
                 self.expect(",")
-        return Instruction(
-            opcode, tuple(operands), line, " ".join(self.lines[line - 1].split("//")[0].split()), guard
-        )
+        text = _GAP.sub(" ", self.text[start : self.tokens[self.at - 1][3]])
+        return Instruction(opcode, tuple(operands), line, text, guard)
 
     def operand(self) -> Operand:
         first = self.single()

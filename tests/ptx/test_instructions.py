@@ -94,9 +94,7 @@ def patterns(kind: str, rng: np.random.Generator) -> list[int]:
         return [int(v) for v in rng.integers(0, 80, LANES)]
     values = [int(v) >> 64 - bits for v in rng.integers(0, 1 << 64, LANES, dtype=np.uint64)]
     if bare in FORMATS:
-        near = rng.choice([0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 1e-3, 100.0], LANES // 2) * rng.choice(
-            [1, -1], LANES // 2
-        )
+        near = rng.choice([0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 1e-3, 100.0], LANES // 2) * rng.choice([1, -1], LANES // 2)
         jitter = rng.integers(0, 64, LANES // 2)
         values[: LANES // 2] = [encode(float(v), bare) + int(j) for v, j in zip(near, jitter)]
         for lane in range(0, LANES, 4):
@@ -160,16 +158,10 @@ def test_instruction(module: Module, number: int) -> None:
     width = bits_of(case.result) // 4
     for lane, operands in enumerate(zip(*inputs)):
         expected, got = case.meaning(*operands), int(out[lane])
-        if (
-            case.result in WIDTH
-            and case.opcode[:3] not in ("abs", "neg")
-            and _both_nan(expected, got, case.result)
-        ):
+        if case.result in WIDTH and case.opcode[:3] not in ("abs", "neg") and _both_nan(expected, got, case.result):
             continue
         shown = ", ".join(f"{v:#x}" for v in operands)
-        assert got == expected, (
-            f"{case.opcode} {shown}: got {got:#0{width + 2}x}, expected {expected:#0{width + 2}x}"
-        )
+        assert got == expected, f"{case.opcode} {shown}: got {got:#0{width + 2}x}, expected {expected:#0{width + 2}x}"
 
 
 def _both_nan(a: int, b: int, kind: str) -> bool:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from .decode import Decoder
 
 # Caching hints and memory-order words: here each access reaches memory at once, so they change nothing.
-HINTS = frozenset(
-    "ca cg cs lu cv wb wt weak relaxed acquire release acq_rel volatile cta gpu sys cluster".split()
-)
+HINTS = frozenset("ca cg cs lu cv wb wt weak relaxed acquire release acq_rel volatile cta gpu sys cluster".split())
 VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 
 
