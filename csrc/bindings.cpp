@@ -115,6 +115,7 @@ void bind_cpu(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of pyshard. Private: addresses are taken on trust.";
+  m.attr("build_note") = PYSHARD_BUILD_NOTE;  // what setup.py found of CUDA
   pyshard::bind_cpu(m);
   pyshard::bind_table(m);
   pyshard::bind_cuda(m);

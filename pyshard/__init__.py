@@ -1,6 +1,30 @@
 """pyshard: large-model training in PyTorch with less memory and time, through fused kernels."""
 
-from ._version import __version__
-from .optim import Adam, AdamW
+import torch as _torch
 
-__all__ = ["Adam", "AdamW", "__version__"]
+from ._version import __version__
+
+_MINIMUM_TORCH = (2, 11)
+_found = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in _torch.__version__.split("+")[0].split(".")[:2])
+if _found < _MINIMUM_TORCH:
+    raise ImportError(
+        f"pyshard {__version__}: torch {_torch.__version__} is too old; expected 2.11 or newer. "
+        "Upgrade it: pip install 'torch>=2.11'."
+    )
+
+from . import kernels  # noqa: E402
+from .optim import Adam, AdamW  # noqa: E402
+
+__all__ = ["Adam", "AdamW", "__version__", "kernels"]
+
+# Public names that are decided and not there yet: asking for one is an error that says so.
+_PLANNED = {
+    *("ShardedAdamW", "ShardedAdam", "fully_shard", "tp", "pp", "init_mesh"),
+    *("save_checkpoint", "load_checkpoint", "clip_grad_norm_"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _PLANNED:
+        raise AttributeError(f"pyshard.{name} is not built yet in version {__version__}; there are: {', '.join(__all__)}")
+    raise AttributeError(f"module 'pyshard' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m pyshard`."""
+
+from .cli import main
+
+raise SystemExit(main())
