@@ -15,7 +15,7 @@ from .errors import InexactInstructionError, PtxError, TrapError, UnknownInstruc
 from .floats import Array
 from .isa import DTYPES
 from .machine import BasicBlock, Block, Get, Jump, Put, Run, where
-from .memory import LOCAL_WINDOW, Buffer, Fault
+from .memory import GARBAGE, LOCAL_WINDOW, Buffer, Fault
 from .syntax import (
     Address,
     Function,
@@ -64,6 +64,16 @@ class Program:
     local_bytes: int
     static_shared: int
     granule: int
+    _fresh: dict[int, list[Array]] = field(default_factory=dict)
+
+    def registers(self, threads: int) -> list[Array]:
+        """The registers of a block before it starts, full of garbage; the arrays are shared, never changed."""
+        if threads not in self._fresh:
+            room = np.full(threads * 8, GARBAGE, np.uint8)
+            garbage = {size: room[: threads * size].view(f"u{size}") for size in (1, 2, 4, 8)}
+            false = np.zeros(threads, np.bool_)
+            self._fresh[threads] = [false if d == np.bool_ else garbage[d.itemsize] for d in self.slots]
+        return self._fresh[threads].copy()
 
 
 @dataclass

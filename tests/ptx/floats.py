@@ -107,7 +107,16 @@ def _libm_fma() -> Callable[[float, float, float], float]:
 _FMA64 = _libm_fma()
 
 
+# Two factors whose lowest 27 of 53 bits are zero, as those of converted float32 are, have an exact product.
+_LOW_BITS = np.uint64((1 << 27) - 1)
+_SAFE = 2.0**-900  # far enough from underflow
+
+
 def _fma64(a: Array, b: Array, c: Array) -> Array:
+    if not ((a.view(np.uint64) | b.view(np.uint64)) & _LOW_BITS).any():
+        product = a * b
+        if (np.isfinite(product) & ((np.abs(product) > _SAFE) | (a == 0) | (b == 0))).all():
+            return product + c
     a, b, c = np.broadcast_arrays(a, b, c)
     return np.array([_FMA64(*abc) for abc in zip(a.tolist(), b.tolist(), c.tolist())], dtype=np.float64)
 

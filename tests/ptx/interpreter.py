@@ -7,7 +7,8 @@
     module.kernel("scale").launch(grid=4, block=256, args=[x, y, 1000, 2.0], memory=memory)
 
 Opcodes whose result PTX does not fix to the last bit are refused by name, and so is everything that is not
-modelled: nothing is approximated or skipped in silence.
+modelled: nothing is approximated or skipped in silence. Blocks run one after the other and the threads of a block
+in step; races are looked for in shared memory only, and memory order is that of a single processor.
 """
 
 from collections import Counter
@@ -175,13 +176,13 @@ class Kernel:
             raise PtxError(f"kernel {self.function.name} requires blocks of {self.threads} threads, got {block}")
         self._set_arguments(program, args, memory)
         everything = Memory.of([*memory, *self.module.buffers, *(buffer for _, buffer in program.parameters)])
-        steps = 0
+        steps, threads = 0, block[0] * block[1] * block[2]
         with np.errstate(all="ignore"):
             for index in _indices(grid, blocks):
                 shared = Shared(program.static_shared + shared_bytes, program.granule, detect_races)
                 state = Block(
                     program.code,
-                    program.slots,
+                    program.registers(threads),
                     grid,
                     block,
                     index,

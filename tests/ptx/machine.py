@@ -8,13 +8,12 @@ Register arrays are never changed in place: an instruction makes a new array and
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from .errors import PtxError, SynchronizationError
 from .floats import Array
-from .memory import GARBAGE, LOCAL_WINDOW, SHARED_WINDOW, WINDOW_MASK, Fault, Memory, Private
+from .memory import LOCAL_WINDOW, SHARED_WINDOW, WINDOW_MASK, Fault, Memory, Private
 from .shared import WARP, Shared
 from .syntax import Instruction
 
@@ -77,7 +76,7 @@ class Block:
     def __init__(
         self,
         code: list[BasicBlock],
-        slots: list[np.dtype[Any]],
+        registers: list[Array],
         grid: Dim,
         block: Dim,
         index: Dim,
@@ -90,11 +89,7 @@ class Block:
         self.threads = block[0] * block[1] * block[2]
         self.memory, self.shared = memory, shared
         self.local = Private(local_bytes, self.threads)
-        garbage = {
-            d: np.full(self.threads * d.itemsize, GARBAGE, np.uint8).view(d) for d in set(slots) - {np.dtype(bool)}
-        }
-        garbage[np.dtype(bool)] = np.zeros(self.threads, bool)
-        self.registers: list[Array] = [garbage[d] for d in slots]
+        self.registers = registers
         self.lanes = np.arange(self.threads)
         self.everyone = np.ones(self.threads, bool)
         self.live = self.everyone
