@@ -13,23 +13,24 @@ from typing import Any
 
 from benchmarks.results import RESULTS, header
 
-# case -> heading, and the rows shown: those who do the same work. All others stand in the result file.
+# case -> heading, and the rows shown: those who do the same work. All others stand in the result file. Two panels
+# that stand side by side have equally many rows.
 PANELS: dict[str, tuple[str, list[str]]] = {
     "fp32 step": (
-        "fp32, one tensor of 33.5 M",
+        "fp32, one tensor of 33.5 M elements",
+        ["pyshard", "DeepSpeedCPUAdam", "torch fused", "bitsandbytes AdamW", "torch foreach"],
+    ),
+    "many small, fresh gradients": (
+        "fp32, 2,000 tensors of 1,024 elements",
         ["pyshard", "DeepSpeedCPUAdam", "torch fused", "bitsandbytes AdamW", "torch foreach"],
     ),
     "bf16 step, clipping": (
-        "bf16, exact fp32 master, clipping, 33.5 M",
+        "bf16 with exact fp32 master and clipping, 33.5 M",
         ["pyshard", "DeepSpeedCPUAdam on fp32 master", "torch fused on fp32 master"],
     ),
     "bf16 step, no clipping": (
-        "bf16, exact fp32 master, 33.5 M",
+        "bf16 with exact fp32 master, 33.5 M",
         ["pyshard", "DeepSpeedCPUAdam on fp32 master", "torch fused on fp32 master"],
-    ),
-    "many small, fresh gradients": (
-        "fp32, 2,000 tensors of 1,024",
-        ["pyshard", "DeepSpeedCPUAdam", "torch fused", "bitsandbytes AdamW", "torch foreach"],
     ),
 }
 OURS, TORCH, OTHER, INK, MUTED = "#0b4f8a", "#f0a35e", "#b8c2cc", "#1f2933", "#66727f"
@@ -48,7 +49,7 @@ def _panel(axes: Any, title: str, summary: dict[str, Any], names: list[str]) -> 
         ours = row["name"] == "pyshard"
         colour = OURS if ours else TORCH if row["name"].startswith("torch") else OTHER
         axes.barh(y, row["median"], color=colour, height=0.66)
-        times = f"  {row['ratio']:.1f}x the time" if "ratio" in row and not ours else ""
+        times = f"  {row['ratio']:.{2 if row['ratio'] < 2 else 1}f}x" if "ratio" in row and not ours else ""
         label = f"{row['median']:.3g} {summary['unit']}"
         text = axes.annotate(
             label,
@@ -76,7 +77,7 @@ def _panel(axes: Any, title: str, summary: dict[str, Any], names: list[str]) -> 
         )
     axes.set_yticks(range(len(rows)), [row["name"].replace(" on fp32 master", " + casts") for row in rows])
     axes.set_ylim(len(rows) - 0.35, -0.6)
-    axes.set_xlim(0, longest * 1.45)
+    axes.set_xlim(0, longest * 1.35)
     axes.set_title(title, loc="left", fontsize=10.5, weight="bold", color=INK)
     axes.set_xticks([])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -97,14 +98,18 @@ def draw(result: dict[str, Any], out: Path) -> None:
     if not panels:
         raise ValueError(f"the result holds none of the cases {', '.join(PANELS)}; run `make bench` first")
     with plt.rc_context({"font.size": 9, "font.family": "DejaVu Sans"}):
-        lines = (len(panels) + 1) // 2
-        figure, grid = plt.subplots(lines, 2, figsize=(11, 2.35 * lines + 0.9), squeeze=False, layout="constrained")
-        for axes in grid.flat:
-            axes.set_axis_off() if axes in grid.flat[len(panels) :] else None
+        counts = [len(_rows(summary, names)) for _, summary, names in panels]
+        heights = [max(counts[i : i + 2]) + 1.25 for i in range(0, len(panels), 2)]  # so bars are equally thick
+        size = (11, 0.4 * sum(heights) + 0.9)
+        figure, grid = plt.subplots(
+            len(heights), 2, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
+        )
         for axes, (title, summary, names) in zip(grid.flat, panels, strict=False):
             _panel(axes, title, summary, names)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
         figure.suptitle(
-            "AdamW: time of one optimizer step (less is better)",
+            "Time of one AdamW step, and its multiple of pyshard's",
             x=0.01,
             ha="left",
             weight="bold",
