@@ -1,15 +1,16 @@
 """The global norm of a list of tensors: checked here, summed by the backend in one fixed order."""
 
 import importlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from . import device, reference
-from .registry import BACKENDS, choose
+from .registry import BACKENDS, choose, requested
 
 
-def grad_norm(tensors: list[Tensor], backend: str = "auto") -> tuple[Tensor, Tensor]:
+def grad_norm(tensors: Iterable[Tensor], backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The 2-norm over all elements of all tensors, and whether any element is inf or NaN.
 
     norm = sqrt(sum of x*x) with exact products and sums in double: over blocks of 4096 elements of each tensor, then
@@ -22,8 +23,13 @@ def grad_norm(tensors: list[Tensor], backend: str = "auto") -> tuple[Tensor, Ten
     Returns:
         (norm, nonfinite): 0-d fp64 and 0-d bool tensors on the tensors' device.
     Raises:
-        TypeError: another dtype or a sparse tensor. ValueError: several devices. RuntimeError: no such backend.
+        TypeError: another dtype or a sparse tensor. ValueError: several devices, or an unknown backend.
+        RuntimeError: the backend cannot serve them.
     """
+    requested(backend)
+    if isinstance(tensors, Tensor):
+        raise TypeError("pyshard.grad_norm: got a Tensor; expected a list of tensors. Put it into a list: [tensor].")
+    tensors = list(tensors)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
             got = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
