@@ -59,6 +59,17 @@ def rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """torch's own operations stay in the calling thread, for tests of many small ones: on a busy machine, threads
+    that wait for each other took 30 times as long. Kernels that are called with a number of threads use that many.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `isa` runs once for each instruction set of the CPU kernels that this machine has."""
     if "isa" in metafunc.fixturenames:

@@ -26,22 +26,27 @@ def session_seed() -> int:
 # ---- bits ----
 
 
-def bits_of(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's bits as integers, every NaN replaced by one and the same."""
+def raw_bits(tensor: Tensor) -> Tensor:
+    """A contiguous tensor's bits as integers."""
     tensor = tensor.detach().contiguous()
-    bits = tensor.view(_BITS[tensor.element_size()])
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The same with every NaN replaced by one of them."""
+    bits = raw_bits(tensor)
     if not tensor.is_floating_point():
         return bits
     nan = torch.full((), math.nan, dtype=tensor.dtype).view(bits.dtype)
-    return torch.where(tensor.isnan(), nan, bits)
+    return torch.where(tensor.detach().isnan(), nan, bits)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
     """Equal dtype, shape and bits; any NaN equals any other. Names the first difference."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
-    assert actual.shape == expected.shape, (
-        f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    )
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if torch.equal(raw_bits(actual), raw_bits(expected)):
+        return
     got, want = bits_of(actual), bits_of(expected)
     if torch.equal(got, want):
         return
@@ -64,12 +69,12 @@ class Guarded:
     def __init__(self, values: Tensor, offset: int = 0):
         values = values.detach().flatten()
         width = values.element_size()
-        self._memory = torch.full(
-            (3 * _GUARD + (values.numel() + offset) * width,), SENTINEL, dtype=torch.uint8
-        )
+        self._memory = torch.empty(3 * _GUARD + (values.numel() + offset) * width, dtype=torch.uint8)
         first = _GUARD + -self._memory.data_ptr() % _GUARD + offset * width
-        self._span = slice(first, first + values.numel() * width)
-        self.tensor = self._memory[self._span].view(values.dtype)
+        self._outside = (self._memory[:first], self._memory[first + values.numel() * width :])
+        for side in self._outside:
+            side.fill_(SENTINEL)
+        self.tensor = self._memory[first : first + values.numel() * width].view(values.dtype)
         self.tensor.copy_(values)
 
     @property
@@ -78,12 +83,11 @@ class Guarded:
 
     def check(self, what: str = "tensor") -> None:
         """Fails if a byte outside the tensor has changed."""
-        outside = self._memory.clone()
-        outside[self._span] = SENTINEL
-        changed = (outside != SENTINEL).nonzero().flatten() - self._span.start
-        assert not len(changed), (
-            f"{what}: written outside, first at byte {int(changed[0])} of {self.tensor.nbytes}"
-        )
+        for side, name in zip(self._outside, ("before", "after")):
+            changed = (side != SENTINEL).nonzero().flatten()
+            if len(changed):
+                at = len(side) - int(changed[-1]) if name == "before" else int(changed[0])
+                raise AssertionError(f"{what}: {len(changed)} bytes written {name} it, the nearest {at} bytes away")
 
 
 # ---- formats, on integers ----
@@ -182,3 +186,123 @@ def adam(
 def square_sum(tensors: Iterable[Tensor]) -> float:
     """Sum of squares, correctly rounded: squares of fp32 numbers are exact in double."""
     return math.fsum(x * x for tensor in tensors for x in tensor.detach().double().flatten().tolist())
+
+
+# ---- one tensor of a step, as the kernels see it ----
+
+PARAM_DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.bfloat16),
+    *(torch.float16, torch.bfloat16, torch.float16),
+)
+LOW_DTYPES = (None, torch.int16, torch.float32, torch.float32, None, None)
+SPLIT = 1
+
+# Numbers at which formats and formulas break: zeros, subnormals, the ends of each format, ties, inf and NaN.
+SPECIAL = np.array(
+    [
+        *(0, -0.0, 1e-45, -1e-40, 1.17549435e-38, 5.96e-8, 6.1e-5, 65504, 65520, 1 + 2**-8, 1 + 2**-11),
+        *(1e-20, 1e20, -1e30, 3.3895314e38, 3.4028235e38, np.inf, -np.inf, np.nan),
+    ],
+    np.float32,
+)
+
+
+class Row:
+    """The arrays of one tensor between sentinels, as a row of an Adam step, and that step in numpy.
+
+    The weights are small random numbers; in formats with an fp32 master every tenth 16-bit weight is not its
+    rounding, as if the user had written it. With `special`, a third of all numbers come from SPECIAL.
+    """
+
+    def __init__(self, kind: int, n: int, rng: np.random.Generator, offset: int = 0, special: bool = False):
+        self.kind, self.n = kind, n
+        self.format, self.coupled, self.amsgrad = kind >> 3, bool(kind & 2), bool(kind & 1)
+        param_dtype, low_dtype = PARAM_DTYPES[self.format], LOW_DTYPES[self.format]
+
+        def numbers(scale: float) -> NDArray[np.float32]:
+            x = (rng.standard_normal(n) * scale).astype(np.float32)
+            if special:
+                chosen = rng.random(n) < 1 / 3
+                x[chosen] = rng.choice(SPECIAL, int(chosen.sum()))
+            return x
+
+        master = torch.from_numpy(numbers(0.1))
+        low = None
+        if self.format == SPLIT:
+            high, rest = split(master.numpy())
+            param, low = torch.from_numpy(high).view(torch.bfloat16), torch.from_numpy(rest)
+        else:
+            param = master.to(param_dtype)
+            if low_dtype is not None:
+                low = master
+                written = torch.from_numpy(rng.random(n) < 0.1)
+                param = torch.where(written, torch.from_numpy(numbers(0.1)).to(param_dtype), param)
+        values = {
+            "param": param,
+            "low": low,
+            "grad": torch.from_numpy(numbers(1.0)).to(torch.float32 if kind & 4 else param_dtype),
+            "exp_avg": torch.from_numpy(numbers(0.1)),
+            "exp_avg_sq": torch.from_numpy(np.abs(numbers(0.1))),
+            "max_exp_avg_sq": torch.from_numpy(np.abs(numbers(0.1))) if self.amsgrad else None,
+        }
+        self.arrays = {name: Guarded(x, offset) for name, x in values.items() if x is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: array.tensor for name, array in self.arrays.items()}
+
+    def clone(self) -> "Row":
+        """The same numbers in arrays of their own, at the same offset from a 64-byte boundary."""
+        other = object.__new__(Row)
+        other.__dict__.update(self.__dict__)
+        other.arrays = {
+            name: Guarded(a.tensor, a.address % _GUARD // a.tensor.element_size()) for name, a in self.arrays.items()
+        }
+        return other
+
+    def addresses(self, hyper: int = 0, begin: int = 0, end: int | None = None) -> list[int]:
+        """The row as cpu_adam takes it, of elements [begin, end)."""
+        names = ("param", "low", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        found = [self.arrays.get(name) for name in names]
+        at = [0 if a is None else a.address + begin * a.tensor.element_size() for a in found]
+        return [*at, (self.n if end is None else end) - begin, self.kind, hyper]
+
+    def master(self) -> NDArray[np.float32]:
+        """The fp32 weights that a step starts from."""
+        param = self.arrays["param"].tensor
+        wide = param.float().numpy()
+        low = self.arrays["low"].tensor if "low" in self.arrays else None
+        if low is None:
+            return wide
+        stored = param.view(torch.uint16).numpy()
+        if self.format == SPLIT:
+            return join(stored, low.numpy())
+        rounded = (bf16_round if param.dtype == torch.bfloat16 else fp16_round)(low.numpy())
+        return np.where(rounded == stored, low.numpy(), wide)
+
+    def expected(self, scalars: Sequence[float]) -> dict[str, Tensor]:
+        """All arrays after a step, by numpy."""
+        now = self.tensors()
+        vmax = now["max_exp_avg_sq"].numpy() if self.amsgrad else None
+        p, m, v, vmax = adam(
+            *(self.master(), now["exp_avg"].numpy(), now["exp_avg_sq"].numpy(), vmax),
+            *(now["grad"].float().numpy(), scalars, self.coupled),
+        )
+        after = {"grad": now["grad"].clone(), "exp_avg": torch.from_numpy(m), "exp_avg_sq": torch.from_numpy(v)}
+        if vmax is not None:
+            after["max_exp_avg_sq"] = torch.from_numpy(vmax)
+        if self.format == SPLIT:
+            high, low = split(p)
+            return after | {"param": torch.from_numpy(high).view(torch.bfloat16), "low": torch.from_numpy(low)}
+        if "low" in self.arrays:
+            after["low"] = torch.from_numpy(p)
+        dtype = now["param"].dtype
+        if dtype == torch.float32:
+            return after | {"param": torch.from_numpy(p)}
+        rounded = (bf16_round if dtype == torch.bfloat16 else fp16_round)(p)
+        return after | {"param": torch.from_numpy(rounded).view(dtype)}
+
+    def check(self, expected: dict[str, Tensor], what: str = "") -> None:
+        """Bits of every array, and the sentinels around it."""
+        for name, array in self.arrays.items():
+            assert_same_bits(array.tensor, expected[name], f"{name} of kind {self.kind}, n={self.n} {what}")
+            array.check(f"{name} of kind {self.kind}, n={self.n} {what}")
