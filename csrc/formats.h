@@ -31,10 +31,6 @@ PYSHARD_HD float bits_float(uint32_t bits) {
 #endif
 }
 
-// True for inf and NaN. On the bits, so that no compiler switch can fold it away.
-PYSHARD_HD bool is_nonfinite(uint32_t bits) { return (bits & 0x7f800000u) == 0x7f800000u; }
-PYSHARD_HD bool is_nan(uint32_t bits) { return (bits & 0x7fffffffu) > 0x7f800000u; }
-
 // ---- bf16: the upper half of an fp32 ----
 
 PYSHARD_HD float bf16_to_float(uint16_t half) { return bits_float(static_cast<uint32_t>(half) << 16); }
@@ -44,7 +40,7 @@ PYSHARD_HD uint16_t float_to_bf16(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t quiet = (bits >> 16) | 0x40u;
-  return static_cast<uint16_t>(is_nan(bits) ? quiet : rounded);
+  return static_cast<uint16_t>(value != value ? quiet : rounded);
 }
 
 // ---- fp16: 1 sign, 5 exponent, 10 mantissa bits ----
@@ -83,18 +79,17 @@ struct Split {
 // Exact: join(split(x)) == x for every x that is not NaN; a NaN keeps its sign and stays NaN.
 PYSHARD_HD Split split_master(float master) {
   const uint32_t bits = float_bits(master);
-  const bool nan = is_nan(bits);  // rounding up could carry a NaN into -0 or inf
-  const uint32_t high = nan ? (bits >> 16) | 0x40u : (bits + 0x8000u) >> 16;
-  const uint32_t low = nan ? 0u : bits & 0xffffu;
-  return {static_cast<uint16_t>(high), static_cast<int16_t>(static_cast<uint16_t>(low))};
+  // Rounding up could carry a NaN into -0 or inf: make it quiet, and drop what the lower half would hold.
+  const uint32_t safe = master != master ? (bits | 0x00400000u) & 0xffff0000u : bits;
+  return {static_cast<uint16_t>((safe + 0x8000u) >> 16), static_cast<int16_t>(static_cast<uint16_t>(safe))};
 }
 
 // Halves that no split makes, whose sum is NaN, mean the upper one alone: a weight set to 0 or inf between steps meets
 // the remainder of its former value.
 PYSHARD_HD float join_master(uint16_t high, int16_t low) {
   const uint32_t upper = static_cast<uint32_t>(high) << 16;
-  const uint32_t bits = upper + static_cast<uint32_t>(static_cast<int32_t>(low));
-  return bits_float(is_nan(bits) ? upper : bits);
+  const float joined = bits_float(upper + static_cast<uint32_t>(static_cast<int32_t>(low)));
+  return joined != joined ? bits_float(upper) : joined;
 }
 
 }  // namespace pyshard
