@@ -44,6 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("--resume", type=Path, metavar="PATH", help=f"go on from this checkpoint. {RESUME}")
     flag("--no-compare", action="store_true", help="leave out the torch run")
     flag("--out", type=Path, default=Path("train_gpt.png"), metavar="PNG", help="picture; default: %(default)s")
+    flag("--sample", type=int, default=400, metavar="N", help="bytes of text to sample; default: %(default)s")
     flag("--losses", type=Path, metavar="JSON", help="write the losses of all steps and runs to this file")
     options = parser.parse_args(arguments)
     try:
@@ -62,6 +63,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--stop-at is {options.stop_at}, expected 1 to {options.steps} (the --steps)")
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"--seed is {options.seed}, expected 0 to 2^63 - 1")
+    if options.sample < 0:
+        raise ValueError(f"--sample is {options.sample}, expected at least 0")
     for flag in ("out", "save", "losses"):
         path = getattr(options, flag)
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):

@@ -35,21 +35,21 @@ def draw(runs: list[Run], options: Namespace) -> None:
     ]
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(11.5, 5.8), dpi=140, layout="constrained")
+        left, right = figure.subfigures(1, 2, width_ratios=(1.3, 1), wspace=0.03)
         if len(runs) > 1:
-            places = [["losses", "times"], ["losses", "memory"], ["difference", "memory"]]
+            losses, lowest = left.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+            _difference(lowest, runs, options.start)
         else:
-            places = [["losses", "times"], ["losses", "memory"]]
-        axes = figure.subplot_mosaic(places, width_ratios=(1.5, 1), height_ratios=(3.4, 1.8, 1.6)[: len(places)])
-        _losses(axes["losses"], runs, options.start)
-        if len(runs) > 1:
-            _difference(axes["difference"], runs, options.start)
-        axes["difference" if len(runs) > 1 else "losses"].set_xlabel("step")
-        _bars(axes["times"], runs, "ms per step (median)", times)
-        _bars(axes["memory"], runs, "bytes held per parameter", memory)
+            losses = lowest = left.subplots()
+        _losses(losses, runs, options.start)
+        lowest.set_xlabel("step")
+        upper, lower = right.subplots(2, 1)
+        _bars(upper, runs, "ms per step (median)", times)
+        _bars(lower, runs, "bytes held per parameter", memory)
         dtype = str(options.dtype).removeprefix("torch.")
         figure.suptitle(
             f"A byte-level GPT of {count / 1e6:.1f} M parameters in {dtype} learns {options.text.name}\n"
-            f"torch {torch.__version__} on the CPU, {torch.get_num_threads()} threads, seed {options.seed}"
+            f"torch {torch.__version__} on the CPU, threads: {torch.get_num_threads()}, seed: {options.seed}"
             + (", same initial weights and batches for both" if len(runs) > 1 else ""),
             fontsize=11,
             horizontalalignment="left",
@@ -96,11 +96,12 @@ def _bars(axes: Axes, runs: list[Run], label: str, parts: list[Part]) -> None:
         axes.barh(range(len(runs)), values, left=left, color=shade, height=0.55, label=name)
         for i, value in enumerate(values):
             end = left[i] + value
-            if value > 0.07 * longest:
+            number = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+            if value > 0.09 * longest:
                 colour = "white" if shade == PYSHARD else INK
-                axes.text(left[i] + value / 2, i, f"{value:.3g}", ha="center", va="center", color=colour)
+                axes.text(left[i] + value / 2, i, number, ha="center", va="center", color=colour)
             elif name == parts[-1][0] and value > 0:
-                axes.text(end + 0.01 * longest, i, f"{value:.3g}", va="center", color=PYSHARD)
+                axes.text(end + 0.01 * longest, i, number, va="center", color=PYSHARD)
             left[i] = end
     axes.set_xlim(0, 1.08 * longest)
     axes.set_yticks(range(len(runs)), [run.name for run in runs], color=INK)
@@ -112,7 +113,7 @@ def _bars(axes: Axes, runs: list[Run], label: str, parts: list[Part]) -> None:
         ncols=len(parts),
         loc="lower left",
         bbox_to_anchor=(-0.02, 1),
-        fontsize=9,
+        fontsize=8.5,
         columnspacing=1.2,
         handlelength=1.2,
     )

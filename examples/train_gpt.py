@@ -82,7 +82,7 @@ def main() -> None:
         run.validate(*options.text.validation_batch(size=64))
     print(table(runs))
     print(f"\nA sample of the model that {runs[0].title} trained:\n")
-    print(runs[0].model.generate(b"The ", length=400, seed=options.seed))
+    print(runs[0].model.generate(b"The ", length=options.sample, seed=options.seed))
     if options.losses:
         options.losses.write_text(json.dumps({run.name: run.losses for run in runs}))
     if options.save:
