@@ -42,7 +42,7 @@ pytestmark = [
 
 SCALE = 0.37
 SIZES = (0, 1, 1023, 1024, 1025, 2053, 4097)
-SOME_KINDS = VALID_KINDS[::5]  # one of each format and gradient dtype, and every switch; a GPU compiles them in one go
+SOME_KINDS = VALID_KINDS[::5]  # every format and switch; a GPU compiles them in one go
 HUGE = (2**31 - 1, 2**31 + 1025, 3 * 2**33 + 7)
 
 
@@ -297,9 +297,7 @@ def test_prepare_makes_the_scalars_of_the_host(k: int, rng: np.random.Generator)
 @pytest.mark.parametrize(
     ("grad_scale", "max_norm", "square_sum"),
     [
-        (1.0, math.inf, 4.0),
         (0.25, 1.0, 4.0),
-        (1.0, 1.0, 4.0),
         (0.125, 0.3, 1234.5),
         (1.0, 0.0, 9.0),
         (1.0, 1.0, 0.0),

@@ -50,9 +50,7 @@ def _file(name: str) -> ModuleType:
     return importlib.import_module(f"pyshard.triton_kernels.{name}")
 
 
-def _launch(
-    kernel: Any, blocks: int, device: torch.device, *arguments: Any, num_warps: int, **constants: Any
-) -> None:
+def _launch(kernel: Any, blocks: int, device: torch.device, *arguments: Any, num_warps: int, **constants: Any) -> None:
     """One launch of `blocks` programs. A fused multiply-add would round once instead of twice."""
     if blocks == 0:
         return
