@@ -24,12 +24,12 @@ def cast(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
         TypeError: a pair of dtypes that is not fp32 and a 16-bit one.
         RuntimeError: the backend cannot serve x.
     """
+    _check_tensors("cast", x=x)
     if (x.dtype, dtype) not in {(a, b) for h in _HALF for a, b in ((torch.float32, h), (h, torch.float32))}:
         raise TypeError(
             f"pyshard.cast: got {x.dtype} to {dtype}; expected float32 to bfloat16 or float16, or back. "
             "Use x.to(dtype) for other pairs."
         )
-    _check_strided("cast", x=x)
     kernels = _kernels(backend, x)
     src = _dense(x)
     out = torch.empty_like(src, dtype=dtype)
@@ -52,9 +52,9 @@ def split(master: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: another dtype. RuntimeError: the backend cannot serve it.
     """
+    _check_tensors("split", master=master)
     if master.dtype != torch.float32:
         raise TypeError(f"pyshard.split: got {master.dtype}; expected float32. Convert with .float() first.")
-    _check_strided("split", master=master)
     kernels = _kernels(backend, master)
     src = _dense(master)
     high = torch.empty_like(src, dtype=torch.bfloat16)
@@ -77,6 +77,7 @@ def join(high: Tensor, low: Tensor, backend: str = "auto") -> Tensor:
     Raises:
         TypeError: other dtypes. ValueError: shapes or devices differ. RuntimeError: the backend cannot serve them.
     """
+    _check_tensors("join", high=high, low=low)
     if high.dtype != torch.bfloat16 or low.dtype != torch.int16:
         raise TypeError(f"pyshard.join: got {high.dtype} and {low.dtype}; expected bfloat16 and int16.")
     if high.shape != low.shape or high.device != low.device:
@@ -84,7 +85,6 @@ def join(high: Tensor, low: Tensor, backend: str = "auto") -> Tensor:
             f"pyshard.join: got {tuple(high.shape)} on {high.device} and {tuple(low.shape)} on {low.device}; "
             "expected one shape and one device. Pass the two halves of one split()."
         )
-    _check_strided("join", high=high, low=low)
     kernels = _kernels(backend, high)
     upper = _dense(high)
     lower = low if low.stride() == upper.stride() else torch.empty_like(upper, dtype=torch.int16).copy_(low)
@@ -104,13 +104,17 @@ def _kernels(backend: str, tensor: Tensor) -> ModuleType | None:
 
 def _dense(x: Tensor) -> Tensor:
     """x itself if its elements fill its memory without gaps, else a dense copy; detached."""
-    x = x.detach()
+    x = x.detach().resolve_neg()  # a view may owe its sign to a bit that kernels do not see
     fresh = torch.empty_like(x, device="meta", memory_format=torch.preserve_format)
     return x if x.stride() == fresh.stride() else torch.empty_like(x).copy_(x)
 
 
-def _check_strided(who: str, **tensors: Tensor) -> None:
+def _check_tensors(who: str, **tensors: object) -> None:
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"pyshard.{who}: {name} is {type(tensor).__name__}; expected a tensor. Use torch.as_tensor."
+            )
         if tensor.layout != torch.strided:
             raise TypeError(
                 f"pyshard.{who}: {name} has layout {tensor.layout}; expected a dense (strided) tensor. Use .to_dense()."
