@@ -197,7 +197,8 @@ bool AdamTable::take_grad(Entry& entry, bool sealed) {
   const py::object grad = attribute(entry.param, names().grad);
   entry.active = !grad.is_none();
   if (!entry.active) return true;
-  if (entry.is_dtensor && !entry.copied && !attribute(grad.ptr(), names().placements).equal(entry.placements)) return false;
+  if (entry.is_dtensor && !entry.copied && !attribute(grad.ptr(), names().placements).equal(entry.placements))
+    return false;
   const py::object shard = local(grad.ptr(), entry.is_dtensor);
   const TensorView view = view_of(shard.ptr());
   if (sealed && overlaps_output(view)) return false;  // before, Python has looked closer
@@ -247,6 +248,12 @@ py::list AdamTable::active() const {
   return result;
 }
 
+py::list AdamTable::params() const {
+  py::list result;
+  for (const size_t i : active_) result.append(py::handle(entries_[i].param));
+  return result;
+}
+
 void AdamTable::prepare(const std::vector<std::vector<double>>& groups, bool per_row) {
   hypers_.clear();
   std::map<std::pair<int64_t, float>, int32_t> known;
@@ -280,6 +287,12 @@ void AdamTable::pack(uintptr_t words, int64_t adam_block, int64_t norm_block) co
   }
   for (const size_t i : active_) *out++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(entries_[i].step));
   std::memcpy(out, hypers_.data(), hypers_.size() * sizeof(AdamHyper));
+}
+
+int64_t AdamTable::blocks(int64_t size) const {
+  int64_t total = 0;
+  for (const AdamRow& row : rows_) total += (row.n + size - 1) / size;
+  return total;
 }
 
 std::vector<int32_t> AdamTable::kinds() const {
@@ -326,11 +339,13 @@ void bind_table(py::module_& m) {
       .def("seal", &AdamTable::seal)
       .def("refresh", &AdamTable::refresh)
       .def("active", &AdamTable::active)
+      .def("params", &AdamTable::params)
       .def("count", &AdamTable::count)
       .def("hypers_count", &AdamTable::hypers_count)
       .def("prepare", &AdamTable::prepare)
       .def("pack", &AdamTable::pack)
       .def("packed_size", &AdamTable::packed_size)
+      .def("blocks", &AdamTable::blocks, py::arg("size"))
       .def("kinds", &AdamTable::kinds)
       .def("aligned", &AdamTable::aligned)
       .def("square_sum", &AdamTable::square_sum)

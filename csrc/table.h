@@ -38,6 +38,7 @@ class AdamTable {
   bool refresh(const py::list& param_groups, const py::dict& state);
 
   py::list active() const;  // indices (in order of add) of the entries that have a gradient
+  py::list params() const;  // their parameters
   int64_t count() const { return static_cast<int64_t>(rows_.size()); }
   int64_t hypers_count() const { return static_cast<int64_t>(hypers_.size()); }
 
@@ -50,6 +51,7 @@ class AdamTable {
   // the step counts [n], AdamHyper [k, 8]. prepare() comes first.
   void pack(uintptr_t words, int64_t adam_block, int64_t norm_block) const;
   int64_t packed_size() const { return 11 * count() + 2 + 8 * hypers_count(); }
+  int64_t blocks(int64_t size) const;  // blocks of `size` elements in the active rows
   std::vector<int32_t> kinds() const;  // of the active rows that have elements, sorted
   bool aligned() const;                // every address of the active rows is a multiple of 16
 

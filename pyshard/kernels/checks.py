@@ -67,18 +67,40 @@ def check_grad(who: str, name: str, param: Tensor, grad: Tensor) -> None:
         )
 
 
-def check_state(who: str, name: str, param: Tensor, key: str, value: object, dtype: torch.dtype) -> None:
-    """A state tensor (moment, remainder, master) against its parameter."""
-    if not isinstance(value, Tensor) or value.shape != param.shape or value.dtype != dtype:
+def check_state(who: str, name: str, param: Tensor, key: str, value: object, dtype: torch.dtype | None) -> None:
+    """A state tensor (moment, remainder, master) against its parameter; dtype None: any floating-point one."""
+    wanted = "a floating-point tensor" if dtype is None else str(dtype)
+    fits = isinstance(value, Tensor) and value.shape == param.shape and value.layout == torch.strided
+    if isinstance(value, Tensor):
+        fits = fits and (value.is_floating_point() if dtype is None else value.dtype == dtype)
+    if not isinstance(value, Tensor) or not fits:
         got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"{who}: state {key!r} of {name} is {got}; expected {dtype} {tuple(param.shape)}. "
+            f"{who}: state {key!r} of {name} is {got}; expected {wanted} {tuple(param.shape)}. "
             "Load a state_dict that belongs to this model, or delete the parameter's state to start afresh."
         )
-    if value.device != param.device:
+    cut, param_cut = getattr(value, "placements", None), getattr(param, "placements", None)
+    if cut != param_cut:
+        raise ValueError(
+            f"{who}: state {key!r} of {name} has placements {cut} and the parameter {param_cut}; expected the same. "
+            "Load through torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which distributes it."
+        )
+    if dtype is not None and value.device != param.device:
         raise ValueError(
             f"{who}: state {key!r} of {name} is on {value.device} and the parameter on {param.device}; expected one "
             "device. Move the state back before step()."
+        )
+
+
+def check_step(who: str, name: str, value: object) -> None:
+    """A step count: a whole number, at least 0."""
+    one = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    if one and isinstance(value, Tensor) and value.device.type != "cpu":
+        return  # looking at it would wait for the device
+    if not one or not (float(value) >= 0 and float(value).is_integer()):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{who}: the step count of {name} is {value!r}; expected one whole number, at least 0. "
+            "Load a state_dict that belongs to this optimizer, or delete the parameter's state to start afresh."
         )
 
 

@@ -1,12 +1,15 @@
 """A launch: the parameters of an optimizer that one backend updates on one device, all in one go.
 
-An Entry holds the tensors of one parameter, already checked. A Launch keeps the table of their addresses
+An Entry names the tensors of one parameter, already checked. A Launch keeps the table of their addresses
 (pyshard._C.AdamTable), which notices between steps when anything has changed. HostLaunch computes the scalars of a
 step on the host; kernels/device.py has the launch that leaves everything on a GPU.
+
+Neither holds on to gradients or state: what zero_grad() drops or the user moves away is freed at once.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,80 +21,83 @@ from .formats import Format
 
 @dataclass(slots=True)
 class Entry:
-    """One parameter of a step. Tensors are local shards where the parameter is a DTensor."""
+    """One parameter of a step."""
 
     name: str
     param: Tensor  # as the optimizer holds it
-    local: Tensor  # its own memory
-    state: dict[str, Tensor]  # the optimizer's state of it
-    held: list[tuple[str, Tensor]]  # items of the state whose memory is used
+    states: Mapping[Tensor, dict[str, Any]]  # the optimizer's
     group: int
     fmt: Format | None  # None: fp64
     kind: int  # -1 for fp64
     grad_dtype: torch.dtype
-    stride: tuple[int, ...] | None  # of all its tensors; None if contiguous
-    low: Tensor | None
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
-    step: Tensor
+    low_key: str | None  # of the remainder or master
+    amsgrad: bool
     coupled: bool
-    # Dense stand-ins for a parameter or gradient whose elements do not lie in the order of the moments.
+    # Dense stand-ins for a parameter or gradient that does not lie in memory as the moments do.
     param_buffer: Tensor | None = None
     grad_buffer: Tensor | None = None
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """The optimizer's state of the parameter."""
+        return self.states[self.param]
+
+    @property
+    def local(self) -> Tensor:
+        """The parameter's own memory: of a DTensor, the local shard."""
+        return local_tensor(self.param)
+
     def is_dtensor(self) -> bool:
-        return self.local is not self.param
+        return is_dtensor(self.param)
+
+    def keys(self) -> tuple[str | None, ...]:
+        """Items of the state that a step uses, in the order that AdamTable.add takes them."""
+        return ("step", self.low_key, "exp_avg", "exp_avg_sq", "max_exp_avg_sq" if self.amsgrad else None)
 
     def grad(self) -> Tensor | None:
-        """The local gradient as it is now."""
+        """The gradient that this step uses, as it lies in memory."""
         grad = self.param.grad
-        if grad is None or not self.is_dtensor():
-            return grad
-        return local_tensor(grad)
+        return grad if grad is None else local_tensor(grad) if self.grad_buffer is None else self.grad_buffer
 
-    def row(self) -> tuple[int, ...]:
-        """Addresses, size and kind, in the order of AdamRow, and the address of the step count."""
-        grad = self.grad() if self.grad_buffer is None else self.grad_buffer
-        param = self.local if self.param_buffer is None else self.param_buffer
-        optional = [0 if t is None else t.data_ptr() for t in (self.low, grad, self.max_exp_avg_sq)]
-        low, grad_address, vmax = optional
-        moments = (self.exp_avg.data_ptr(), self.exp_avg_sq.data_ptr(), vmax)
-        return (param.data_ptr(), low, grad_address, *moments, param.numel(), self.kind, self.step.data_ptr())
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """True for a DTensor, without importing torch.distributed."""
+    return hasattr(tensor, "_local_tensor")
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The memory behind a tensor: of a DTensor its local shard, waited for if it is still on its way."""
-    to_local = getattr(tensor, "to_local", None)
-    if to_local is None:
+    local: Tensor | None = getattr(tensor, "_local_tensor", None)
+    if local is None:
         return tensor
-    with torch.no_grad():
-        local: Tensor = to_local()
     wait = getattr(local, "wait", None)
-    return wait() if wait is not None else local
+    return local if wait is None else wait()
 
 
 class Launch:
-    """Entries of one backend on one device, in the order of the parameters."""
+    """Entries of one backend on one device, in the order of the parameters, spread over the same ranks."""
+
+    shards: tuple[Any, ...] = ()  # process groups over which the parameters are cut
 
     def __init__(self, backend: str, device: torch.device, entries: list[Entry], idle: list[Tensor]):
         self.backend = backend
         self.device = device
         self.entries = entries
+        self.idle = idle  # kept for the table, which holds on to nothing
         self.copied = [e for e in entries if e.param_buffer is not None]
+        self.has_dtensors = any(e.is_dtensor() for e in entries)
         self.table = _C.AdamTable()
         for e in entries:
             self.table.add(
                 param=e.param,
                 state=e.state,
-                held=e.held,
-                row=e.row(),
-                grad=e.param.grad,
-                dtype=e.grad_dtype,
-                stride=e.stride,
+                keys=e.keys(),
+                kind=e.kind,
+                grad_is_fp32=e.grad_dtype == torch.float32,
                 group=e.group,
                 is_dtensor=e.is_dtensor(),
-                copied=e.param_buffer is not None,
+                param_buffer=e.param_buffer,
+                grad_buffer=e.grad_buffer,
             )
         for param in idle:
             self.table.add_idle(param)
@@ -101,26 +107,36 @@ class Launch:
         return [self.entries[i] for i in self.table.active()]
 
     def first_nonfinite(self) -> str | None:
-        """Name of the first parameter whose gradient is not finite; for an error message."""
+        """Name of the first parameter whose gradient is not finite on this rank; for an error message."""
         for e in self.active():
             grad = e.grad()
-            if grad is not None and not math.isfinite(float(grad.double().square().sum())):
+            if grad is not None and not torch.isfinite(grad).all():
                 return e.name
         return None
 
     def gather(self) -> None:
-        """Copies parameters and gradients that do not lie in the order of the moments into their buffers."""
+        """Copies parameters and gradients that do not lie in memory as the moments do into their buffers."""
         for e in self.copied:
-            grad = e.grad()
-            if grad is not None and e.param_buffer is not None and e.grad_buffer is not None:
-                e.param_buffer.copy_(local_tensor(e.param).detach())
-                e.grad_buffer.copy_(grad)
+            grad = e.param.grad
+            if grad is None or e.param_buffer is None or e.grad_buffer is None:
+                continue
+            if is_dtensor(grad) and grad.placements != e.param.placements:  # type: ignore[attr-defined]
+                grad = grad.redistribute(placements=e.param.placements)  # type: ignore[attr-defined]
+            e.param_buffer.copy_(e.local)
+            e.grad_buffer.copy_(local_tensor(grad))
 
     def scatter(self) -> None:
-        """Copies updated buffers back to their parameters."""
+        """Copies updated buffers back to their parameters, and tells autograd that all parameters have changed.
+
+        Without that a backward of what was computed before the step would use the new weights in silence.
+        """
         for e in self.copied:
             if e.param.grad is not None and e.param_buffer is not None:
-                local_tensor(e.param).detach().copy_(e.param_buffer)
+                e.local.copy_(e.param_buffer)
+        changed = self.table.params()
+        if self.has_dtensors:
+            changed += [local_tensor(param) for param in changed if is_dtensor(param)]
+        torch.autograd.graph.increment_version(changed)
 
 
 class HostLaunch(Launch):
@@ -130,7 +146,7 @@ class HostLaunch(Launch):
         """Sum of squares of the gradients, in the fixed order of blocks."""
         if self.backend == "cpu":
             return self.table.square_sum(torch.get_num_threads())
-        grads = [e.grad() if e.grad_buffer is None else e.grad_buffer for e in self.active()]
+        grads = [e.grad() for e in self.active()]
         return float(reference.square_sum([g for g in grads if g is not None]))
 
     def adam(self, groups: list[list[float]], grad_scale: float) -> None:
@@ -140,20 +156,14 @@ class HostLaunch(Launch):
             self.table.adam(grad_scale, torch.get_num_threads())
             return
         for e in self.active():
-            grad = e.grad() if e.grad_buffer is None else e.grad_buffer
-            if grad is None:
-                continue
-            e.step.add_(1)
-            lr, beta1, beta2, eps, weight_decay, sign, decoupled = groups[e.group]
-            hyper = [lr, beta1, beta2, eps, weight_decay, float(e.step), sign, decoupled]
-            reference.adam_(
-                e.fmt,
-                e.local.detach() if e.param_buffer is None else e.param_buffer,
-                e.low,
-                grad,
-                e.exp_avg,
-                e.exp_avg_sq,
-                e.max_exp_avg_sq,
-                reference.adam_scalars(hyper, grad_scale),
-                e.coupled,
+            step, low, exp_avg, exp_avg_sq, max_exp_avg_sq = (
+                None if key is None else local_tensor(e.state[key]) for key in e.keys()
             )
+            grad = e.grad()
+            assert step is not None and exp_avg is not None and exp_avg_sq is not None and grad is not None
+            step.add_(1)
+            lr, beta1, beta2, eps, weight_decay, sign, decoupled = groups[e.group]
+            hyper = [lr, beta1, beta2, eps, weight_decay, float(step), sign, decoupled]
+            scalars = reference.adam_scalars(hyper, grad_scale)
+            param = e.local if e.param_buffer is None else e.param_buffer
+            reference.adam_(e.fmt, param, low, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, e.coupled)

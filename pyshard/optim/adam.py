@@ -15,8 +15,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..kernels.launch import HostLaunch, Launch
 from ..kernels.reference import clip_coefficient
 from ..kernels.registry import requested
-from . import explain, state
-from .plan import Plan, make_plan
+from . import distributed, explain, state
+from .plan import Plan, make_plan, named_params
 
 _CHOICES = {
     "master_weights": ("auto", "fp32", "split", "none"),
@@ -38,13 +38,9 @@ class Options:
     def check(self, who: str) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{who}: {name}={getattr(self, name)!r}; expected one of {', '.join(choices)}."
-                )
+                raise ValueError(f"{who}: {name}={getattr(self, name)!r}; expected one of {', '.join(choices)}.")
         if self.moments == "int8":
-            raise ValueError(
-                f"{who}: moments='int8' is not built yet; expected 'fp32'. Leave the argument out."
-            )
+            raise ValueError(f"{who}: moments='int8' is not built yet; expected 'fp32'. Leave the argument out.")
         norm = self.max_grad_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             raise ValueError(
@@ -144,7 +140,7 @@ class Adam(Optimizer):
         self._groups: list[list[float]] = []
         self._grad_norm: float | Tensor | None = None
         self._skipped = 0  # by the host; the controls count those that a device has skipped
-        self._controls: dict[tuple[str, torch.device, bool], Tensor] = {}
+        self._controls: dict[tuple[Any, ...], Tensor] = {}
 
     # ---- the step ----
 
@@ -166,21 +162,31 @@ class Adam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._plan
-        if plan is None or not plan.refresh(self):
-            self._plan = None
-            plan = self._plan = make_plan(self)
-        groups = self._hyperparameters()
-        if all(type(launch) is HostLaunch for launch in plan.launches):
-            self._step_on_host(plan, groups)
-        else:
-            from ..kernels.device import step_on_device
-
-            step_on_device(self, plan.launches, groups)
+        with torch.no_grad():
+            self._update()
         return loss
 
-    def _step_on_host(self, plan: Plan, groups: list[list[float]]) -> None:
-        launches: list[HostLaunch] = plan.launches  # type: ignore[assignment]
+    def _update(self) -> None:
+        groups = self._hyperparameters()
+        plan, before = self._plan, None
+        if plan is None or not plan.refresh(self):
+            before = state.snapshot(self.state)
+            self._plan = None
+            plan = self._plan = make_plan(self)
+        try:
+            if all(type(launch) is HostLaunch for launch in plan.launches):
+                self._step_on_host(plan.launches, groups)  # type: ignore[arg-type]
+            else:
+                from ..kernels.device import step_on_device
+
+                step_on_device(self, plan.launches, groups)
+        except FloatingPointError:
+            if before is not None:
+                state.restore(self.state, before)
+                self._plan = None
+            raise
+
+    def _step_on_host(self, launches: list[HostLaunch], groups: list[list[float]]) -> None:
         scale, found_inf = self._amp_scale()
         if found_inf:
             self._skipped += 1
@@ -191,7 +197,8 @@ class Adam(Optimizer):
         if options.max_grad_norm is not None or options.nonfinite != "propagate":
             total = 0.0
             for launch in launches:
-                total = total + launch.square_sum()
+                part = launch.square_sum()
+                total += distributed.sum_over_ranks(part, launch.shards) if launch.shards else part
             norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
             if options.nonfinite == "raise" and not math.isfinite(total):
                 raise FloatingPointError(self._nonfinite_message(launches))
@@ -227,11 +234,7 @@ class Adam(Optimizer):
             (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g["decoupled_weight_decay"])
             for g in groups
         ]
-        if (
-            self._checked
-            and not any(isinstance(v, Tensor) for known in now for v in known)
-            and now == self._checked
-        ):
+        if self._checked and not any(isinstance(v, Tensor) for known in now for v in known) and now == self._checked:
             return self._groups
         for group in groups:
             _check_group(f"pyshard.{type(self).__name__}", group)
@@ -292,7 +295,7 @@ class Adam(Optimizer):
         The tensors are copied. Parameters are not changed: a loaded master is used where the parameter is its
         rounding, so model and optimizer may be loaded in any order.
         """
-        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: state.box(loaded))
+        hook = self.register_load_state_dict_pre_hook(_check_and_box)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -381,6 +384,16 @@ def _save_masters(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
     return {**state_dict, "state": saved}
 
 
+def _check_and_box(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+    who = f"pyshard.{type(optimizer).__name__}.load_state_dict"
+    keys = [key for group in loaded["param_groups"] for key in group["params"]]
+    params = list(named_params(optimizer.param_groups))
+    if len(keys) == len(params):  # torch says what is wrong otherwise
+        for key, (_, name, param) in zip(keys, params, strict=True):
+            state.check_loaded(who, name, param, loaded["state"].get(key) or {})
+    return state.box(loaded)
+
+
 def _lr(group: dict[str, Any]) -> float:
     """The learning rate on the host; 0 for one that stays on the device, where the kernels will read it."""
     lr = group["lr"]
@@ -391,9 +404,7 @@ def _lr(group: dict[str, Any]) -> float:
 def _check_group(who: str, group: dict[str, Any]) -> None:
     """Raises for hyperparameters that torch would refuse, and for those that would train to NaN."""
     if group["differentiable"]:
-        raise ValueError(
-            f"{who}: differentiable=True is not supported; expected False. Use torch.optim's for that."
-        )
+        raise ValueError(f"{who}: differentiable=True is not supported; expected False. Use torch.optim's for that.")
     if group["fused"] and group["foreach"]:
         raise RuntimeError(
             f"{who}: fused=True and foreach=True; expected at most one. Leave both out: every step is fused."
@@ -402,9 +413,7 @@ def _check_group(who: str, group: dict[str, Any]) -> None:
     betas = group["betas"]
     for name, value in (("lr", lr), *((f"betas[{i}]", b) for i, b in enumerate(betas))):
         if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"{who}: {name} is a tensor of shape {tuple(value.shape)}; expected one element."
-            )
+            raise ValueError(f"{who}: {name} is a tensor of shape {tuple(value.shape)}; expected one element.")
     if len(betas) != 2:
         raise ValueError(f"{who}: betas={betas!r}; expected two numbers.")
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # looking at it would wait for the device

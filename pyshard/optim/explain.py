@@ -26,9 +26,7 @@ def explain(optimizer: "Adam") -> str:
     """One line for each path that parameters take, and one for what each step reads."""
     options = optimizer.options
     asked = requested(options.backend)
-    lines = [
-        f"pyshard.{type(optimizer).__name__}, backend={asked!r}, master_weights={options.master_weights!r}"
-    ]
+    lines = [f"pyshard.{type(optimizer).__name__}, backend={asked!r}, master_weights={options.master_weights!r}"]
     plan = optimizer._plan
     if plan is None:
         lines.append("  no step taken yet: paths are chosen at the first step()")

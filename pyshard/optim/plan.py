@@ -4,15 +4,17 @@ A plan is made at the first step and again whenever a launch's table says that s
 check has passed nothing is changed, so that an error leaves the optimizer as it was.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import checks
-from ..kernels.formats import LOW_DTYPE, LOW_KEY, Format, format_of, kind_of
+from ..kernels.formats import LOW_KEY, Format, format_of, kind_of
 from ..kernels.launch import Entry, HostLaunch, Launch, local_tensor
 from ..kernels.registry import Backend, choose
+from . import distributed
 from . import state as states
 
 if TYPE_CHECKING:
@@ -25,6 +27,16 @@ def switches(group: dict[str, Any]) -> tuple[bool, bool, bool]:
     return coupled, bool(group["amsgrad"]), bool(group["capturable"])
 
 
+def named_params(groups: list[dict[str, Any]]) -> Iterator[tuple[int, str, Tensor]]:
+    """(index of its group, name for messages, parameter) of every parameter."""
+    index = 0
+    for group_index, group in enumerate(groups):
+        names = group.get("param_names")
+        for position, param in enumerate(group["params"]):
+            yield group_index, f"parameter {index}" + (f" ({names[position]})" if names else ""), param
+            index += 1
+
+
 class Plan:
     """The launches of an optimizer, and whether they still fit it."""
 
@@ -35,90 +47,79 @@ class Plan:
     def refresh(self, optimizer: "Adam") -> bool:
         """Takes over the gradients of this step; False if the plan must be made again."""
         groups = optimizer.param_groups
-        if len(groups) != len(self.group_switches):
+        if [switches(group) for group in groups] != self.group_switches:
             return False
-        for group, known in zip(groups, self.group_switches, strict=True):
-            if switches(group) != known:
-                return False
         state = optimizer.state
         return all(launch.table.refresh(groups, state) for launch in self.launches)
 
 
-@torch.no_grad()
+class _Found(NamedTuple):
+    """A parameter that takes part, checked."""
+
+    name: str
+    param: Tensor
+    group: int
+    fmt: Format | None
+    backend: Backend
+
+
 def make_plan(optimizer: "Adam") -> Plan:
     """Checks everything, completes the state and builds the launches of an optimizer as it is now."""
     who = f"pyshard.{type(optimizer).__name__}"
-    found: list[tuple[int, str, Tensor, Format | None, Backend]] = []
+    groups, state = optimizer.param_groups, optimizer.state
+    found: list[_Found] = []
     idle: list[Tensor] = []
-    index = 0
-    for group_index, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names")
-        for position, param in enumerate(group["params"]):
-            name = f"parameter {index}" + (f" ({names[position]})" if names else "")
-            index += 1
-            if param.grad is None and not optimizer.state.get(param):
-                idle.append(param)
-                continue
-            found.append((group_index, name, param, *_check(optimizer, who, name, param, group)))
-    for group_index, name, param, fmt, _ in found:
-        _check_loaded(who, name, param, optimizer.state.get(param) or {}, fmt)
-    regions = [checks.Region(name, local_tensor(param), True) for _, name, param, *_ in found]
-    regions += [
-        checks.Region(f"the gradient of {name}", local_tensor(param.grad), False)
-        for _, name, param, *_ in found
-        if param.grad is not None
-    ]
-    for _, name, param, *_ in found:
-        for key, value in (optimizer.state.get(param) or {}).items():
-            if isinstance(value, Tensor) and value.dim() == param.dim() and key != "step":
-                regions.append(checks.Region(f"state {key!r} of {name}", local_tensor(value), True))
-    checks.check_overlap(who, regions)
+    for group_index, name, param in named_params(groups):
+        if param.grad is None and not state.get(param):
+            idle.append(param)
+        else:
+            fmt, backend = _check(optimizer, who, name, param, groups[group_index])
+            states.check(who, name, param, state.get(param) or {}, fmt)
+            found.append(_Found(name, param, group_index, fmt, backend))
+    checks.check_overlap(who, _regions(found, state))
 
-    by_launch: dict[tuple[Backend, torch.device, bool], list[Entry]] = {}
-    for group_index, name, param, fmt, backend in found:
-        group = optimizer.param_groups[group_index]
-        capturable = bool(group["capturable"]) and backend.on_device
-        entry = _entry(optimizer, name, param, group_index, group, fmt, capturable)
-        by_launch.setdefault((backend, entry.local.device, capturable), []).append(entry)
+    by_launch: dict[tuple[Any, ...], list[Entry]] = {}
+    for item in found:
+        group = groups[item.group]
+        capturable = bool(group["capturable"]) and item.backend.on_device
+        entry = _entry(optimizer, item, group, capturable)
+        key = (item.backend, entry.local.device, capturable, distributed.shard_groups(item.param))
+        by_launch.setdefault(key, []).append(entry)
     launches: list[Launch] = []
-    for (backend, device, capturable), entries in by_launch.items():
-        launches.append(_launch(optimizer, backend, device, capturable, entries, [] if launches else idle))
+    for key, entries in by_launch.items():
+        launches.append(_launch(optimizer, key, entries, [] if launches else idle))
     if not launches:
         launches.append(HostLaunch("cpu", torch.device("cpu"), [], idle))
     for launch in launches:
-        launch.table.seal(optimizer.param_groups, optimizer.state)
-    return Plan(launches, [switches(group) for group in optimizer.param_groups])
+        launch.table.seal(groups, state)
+    return Plan(launches, [switches(group) for group in groups])
 
 
-def _launch(
-    optimizer: "Adam",
-    backend: Backend,
-    device: torch.device,
-    capturable: bool,
-    entries: list[Entry],
-    idle: list[Tensor],
-) -> Launch:
-    if not backend.on_device:
-        return HostLaunch(backend.name, device, entries, idle)
-    from ..kernels.device import DeviceLaunch, new_control
+def _launch(optimizer: "Adam", key: tuple[Any, ...], entries: list[Entry], idle: list[Tensor]) -> Launch:
+    backend, device, capturable, shards = key
+    launch: Launch
+    if backend.on_device:
+        from ..kernels.device import DeviceLaunch, new_control
 
-    key = (backend.name, device, capturable)
-    if key not in optimizer._controls:
-        optimizer._controls[key] = new_control(device)
-    return DeviceLaunch(backend.name, device, entries, idle, capturable, optimizer._controls[key])
+        if key not in optimizer._controls:
+            optimizer._controls[key] = new_control(device)
+        launch = DeviceLaunch(backend.name, device, entries, idle, capturable, optimizer._controls[key])
+    else:
+        launch = HostLaunch(backend.name, device, entries, idle)
+    launch.shards = shards
+    return launch
 
 
 def _check(
     optimizer: "Adam", who: str, name: str, param: Tensor, group: dict[str, Any]
 ) -> tuple[Format | None, Backend]:
-    checks.check_param(who, name, local_tensor(param))
+    """Everything about a parameter and its gradient that does not concern others."""
+    local = local_tensor(param)
+    checks.check_param(who, name, local)
     if param.grad is not None:
-        if (local_tensor(param) is param) != (local_tensor(param.grad) is param.grad):
-            raise TypeError(
-                f"{who}: {name} is a {type(param).__name__} and its gradient a {type(param.grad).__name__}; expected "
-                "both or neither to be a DTensor. Let backward of the sharded model make the gradient."
-            )
-        checks.check_grad(who, name, local_tensor(param), local_tensor(param.grad))
+        distributed.check_grad(who, name, param, param.grad)
+        if distributed.same_placements(param, param.grad):
+            checks.check_grad(who, name, local, local_tensor(param.grad))
     choice = optimizer.options.master_weights
     try:
         fmt = format_of(param.dtype, choice)
@@ -127,8 +128,8 @@ def _check(
             f"{who}: {name} is {str(param.dtype).removeprefix('torch.')} and master_weights={choice!r}; split weights "
             "complete bfloat16 only. Use master_weights='auto' or 'fp32' for this model."
         ) from None
-    backend = choose(optimizer.options.backend, local_tensor(param).device, param.dtype)
-    if group["capturable"] and backend.name == "reference" and local_tensor(param).device.type != "cpu":
+    backend = choose(optimizer.options.backend, local.device, param.dtype)
+    if group["capturable"] and backend.name == "reference" and local.device.type != "cpu":
         raise RuntimeError(
             f"{who}: {name} is {param.dtype} on {param.device}: only the reference backend serves it, which reads the "
             "step count on the host. Use capturable=False, or a backend='cuda' or 'triton' with fp32 or 16-bit weights."
@@ -136,62 +137,39 @@ def _check(
     return fmt, backend
 
 
-def _check_loaded(who: str, name: str, param: Tensor, state: dict[str, Any], fmt: Format | None) -> None:
-    """State that is already there, before anything is completed."""
-    dtype = torch.float64 if fmt is None else torch.float32
-    for key in states.MOMENTS:
-        if key in state:
-            checks.check_state(who, name, param, key, state[key], dtype)
-    if fmt in LOW_KEY:
-        for key, low_dtype in LOW_DTYPE.items():
-            if key in state:
-                checks.check_state(who, name, param, key, state[key], low_dtype)
+def _regions(found: list[_Found], state: dict[Tensor, dict[str, Any]]) -> Iterator[checks.Region]:
+    """All memory that a step touches and that is there already."""
+    for item in found:
+        yield checks.Region(item.name, local_tensor(item.param), True)
+        if item.param.grad is not None:
+            yield checks.Region(f"the gradient of {item.name}", local_tensor(item.param.grad), False)
+        for key, value in (state.get(item.param) or {}).items():
+            if key in states.KEYS and isinstance(value, Tensor):
+                yield checks.Region(f"state {key!r} of {item.name}", local_tensor(value), True)
 
 
-def _entry(
-    optimizer: "Adam",
-    name: str,
-    param: Tensor,
-    group_index: int,
-    group: dict[str, Any],
-    fmt: Format | None,
-    capturable: bool,
-) -> Entry:
+def _entry(optimizer: "Adam", item: _Found, group: dict[str, Any], capturable: bool) -> Entry:
+    param, fmt = item.param, item.fmt
     coupled, amsgrad, _ = switches(group)
-    local = local_tensor(param)
     state = optimizer.state[param]
     states.fill(param, state, fmt, amsgrad, capturable)
-    low_key = None if fmt is None else LOW_KEY.get(fmt)
-    keys = [
-        "exp_avg",
-        "exp_avg_sq",
-        *(["max_exp_avg_sq"] if amsgrad else []),
-        *([low_key] if low_key else []),
-    ]
-    tensors = {key: local_tensor(state[key]) for key in keys}
-    grad = None if param.grad is None else local_tensor(param.grad)
-    grad_dtype = param.dtype if grad is None else grad.dtype
-    exp_avg = tensors["exp_avg"]
-    copied = not states.same_layout(local, exp_avg) or (
-        grad is not None and not states.same_layout(grad, exp_avg)
-    )
+    local, exp_avg = local_tensor(param), local_tensor(state["exp_avg"])
+    grad_dtype = param.dtype if param.grad is None else param.grad.dtype
+    copied = not states.same_layout(local, exp_avg)
+    if param.grad is not None:
+        copied = copied or not distributed.same_placements(param, param.grad)
+        copied = copied or not states.same_layout(local_tensor(param.grad), exp_avg)
     return Entry(
-        name=name,
+        name=item.name,
         param=param,
-        local=local,
-        state=state,
-        held=[(key, state[key]) for key in ("step", *keys)],
-        group=group_index,
+        states=optimizer.state,
+        group=item.group,
         fmt=fmt,
         kind=-1 if fmt is None else kind_of(fmt, grad_dtype, coupled, amsgrad),
         grad_dtype=grad_dtype,
-        stride=None if exp_avg.is_contiguous() else tuple(exp_avg.stride()),
-        low=tensors[low_key] if low_key else None,
-        exp_avg=exp_avg,
-        exp_avg_sq=tensors["exp_avg_sq"],
-        max_exp_avg_sq=tensors.get("max_exp_avg_sq"),
-        step=state["step"],
+        low_key=None if fmt is None else LOW_KEY.get(fmt),
+        amsgrad=amsgrad,
         coupled=coupled,
-        param_buffer=torch.empty_like(exp_avg, dtype=local.dtype) if copied else None,
+        param_buffer=torch.empty_like(exp_avg, dtype=param.dtype) if copied else None,
         grad_buffer=torch.empty_like(exp_avg, dtype=grad_dtype) if copied else None,
     )

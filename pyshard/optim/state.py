@@ -7,16 +7,18 @@ on the format and torch.optim.AdamW can load it.
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import casts
+from ..kernels import casts, checks
 from ..kernels.formats import LOW_DTYPE, LOW_KEY, Format
-from ..kernels.launch import local_tensor
+from ..kernels.launch import is_dtensor, local_tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+KEYS = ("step", *MOMENTS, *LOW_DTYPE)
 
 
 class Boxed:
@@ -28,13 +30,52 @@ class Boxed:
 
 def box(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A copy of a state_dict whose tensors of state are boxed."""
-    state = {
-        key: {k: Boxed(v) if isinstance(v, Tensor) else v for k, v in value.items()}
-        if isinstance(value, dict)
-        else value
-        for key, value in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
+
+    def boxed(state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state
+        return {key: Boxed(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+    return {**state_dict, "state": {key: boxed(state) for key, state in state_dict["state"].items()}}
+
+
+def check(who: str, name: str, param: Tensor, state: Mapping[str, Any], fmt: Format | None) -> None:
+    """State that is there before a step, against its parameter: what a kernel would read."""
+    _check_complete(who, name, state)
+    dtype = torch.float64 if fmt is None else torch.float32
+    for key in MOMENTS:
+        if key in state:
+            checks.check_state(who, name, param, key, state[key], dtype)
+    if fmt in LOW_KEY:
+        for key, low_dtype in LOW_DTYPE.items():
+            if key in state:
+                checks.check_state(who, name, param, key, state[key], low_dtype)
+
+
+def check_loaded(who: str, name: str, param: Tensor, state: Mapping[str, Any]) -> None:
+    """State of a state_dict, against the parameter it is for: it will be cast and moved."""
+    if not state:
+        return
+    _check_complete(who, name, state)
+    for key in (*MOMENTS, "master"):
+        if key in state:
+            checks.check_state(who, name, param, key, state[key], None)
+    if "exp_avg" not in state:
+        raise ValueError(
+            f"{who}: the loaded state of {name} has the items {sorted(state)}; expected step, exp_avg and exp_avg_sq. "
+            "Load the state_dict of an Adam or AdamW."
+        )
+
+
+def _check_complete(who: str, name: str, state: Mapping[str, Any]) -> None:
+    here = [key for key in ("step", "exp_avg", "exp_avg_sq") if key in state]
+    if len(here) not in (0, 3):
+        raise ValueError(
+            f"{who}: the state of {name} has {' and '.join(here)} only; expected step, exp_avg and exp_avg_sq. "
+            "Restore what is missing, or delete the parameter's state to start afresh."
+        )
+    if "step" in state:
+        checks.check_step(who, name, state["step"])
 
 
 def unbox(param: Tensor, state: dict[str, Any], capturable: bool) -> dict[str, Any]:
@@ -52,6 +93,20 @@ def unbox(param: Tensor, state: dict[str, Any], capturable: bool) -> dict[str, A
     return kept
 
 
+def snapshot(state: dict[Any, Any]) -> dict[Any, tuple[Any, dict[str, Any]]]:
+    """Which items the state of each parameter has; for restore()."""
+    return {param: (items, dict(items)) for param, items in state.items() if isinstance(items, dict)}
+
+
+def restore(state: dict[Any, Any], taken: dict[Any, tuple[Any, dict[str, Any]]]) -> None:
+    """Takes back what fill() has done since the snapshot."""
+    for param in [param for param in state if param not in taken]:
+        del state[param]
+    for items, before in taken.values():
+        items.clear()
+        items.update(before)
+
+
 def step_count(value: float, param: Tensor, capturable: bool) -> Tensor:
     """A step count as torch.optim keeps it: fp32, on the host, or with capturable on the parameter's device."""
     return torch.tensor(value, dtype=torch.float32, device=param.device if capturable else "cpu")
@@ -60,33 +115,33 @@ def step_count(value: float, param: Tensor, capturable: bool) -> Tensor:
 def fill(param: Tensor, state: dict[str, Any], fmt: Format | None, amsgrad: bool, capturable: bool) -> None:
     """Completes the state of a parameter in place; does nothing where all is there already."""
     dtype = torch.float64 if fmt is None else torch.float32
-    step = state.get("step")
-    if (
-        not isinstance(step, Tensor)
-        or step.dtype != torch.float32
-        or (capturable and step.device != param.device)
-    ):
-        state["step"] = step_count(0.0 if step is None else float(step), param, capturable)
+    step, place = state.get("step", 0.0), param.device if capturable else torch.device("cpu")
+    if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != place:
+        state["step"] = step_count(float(step), param, capturable)
     for key in MOMENTS if amsgrad else MOMENTS[:2]:
         if key not in state:
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        else:
-            state[key] = _laid_out(param, state[key])
     low_key = None if fmt is None else LOW_KEY.get(fmt)
-    if low_key == "remainder" and "remainder" not in state:
-        state["remainder"] = _remainder(param, state.get("master"))
     if low_key == "remainder":
-        state.pop("master", None)
-    elif low_key == "master" and "master" not in state:
-        state["master"] = _laid_out(param, param.detach().to(torch.float32))
-    if low_key is not None:
-        state[low_key] = _laid_out(param, state[low_key])
-    elif state.pop("master", None) is not None and param.dtype != torch.float32:
+        master = state.pop("master", None)
+        if "remainder" not in state:
+            state["remainder"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
+            if master is not None:
+                local_tensor(state["remainder"]).copy_(_remainder(local_tensor(param), local_tensor(master)))
+    elif low_key == "master":
+        if "master" not in state:
+            state["master"] = param.detach().to(torch.float32)
+        elif fmt == Format.BF16_MASTER:
+            _settle_ties(local_tensor(param), local_tensor(state["master"]))
+    elif state.pop("master", None) is not None:
         warnings.warn(
-            f"pyshard: the loaded state has fp32 master weights, and master_weights='none' drops them for a "
-            f"{param.dtype} parameter. Use master_weights='auto' to keep them.",
+            f"pyshard: the loaded state has fp32 master weights, which a {param.dtype} parameter without a master "
+            "cannot use: they are dropped. Use master_weights='auto' and 16-bit parameters to keep them.",
             stacklevel=2,
         )
+    for key in (*MOMENTS, *LOW_DTYPE):
+        if key in state:
+            state[key] = _laid_out(param, state[key])
 
 
 def saved(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
@@ -98,31 +153,39 @@ def saved(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _remainder(param: Tensor, master: Any) -> Tensor:
-    """The remainder of a master loaded from a checkpoint, where the parameter is its upper half; else zero.
+def _distance(param: Tensor, master: Tensor) -> Tensor:
+    """How far an fp32 master lies above its bf16 parameter, in steps of fp32, away from zero; int32 of their shape."""
+    return master.contiguous().view(torch.int32) - (param.contiguous().view(torch.int16).to(torch.int32) << 16)
 
-    The model's weights count: they may have been loaded after the optimizer, or changed on purpose.
+
+def _remainder(param: Tensor, master: Tensor) -> Tensor:
+    """The remainder of a master loaded from a checkpoint, where the parameter is its rounding; else zero.
+
+    The model's weights count: they may have been loaded after the optimizer, or changed on purpose. A master half-way
+    between two bf16 numbers that was rounded to even (master_weights="fp32") moves by one step of fp32.
     """
-    zeros = torch.zeros_like(param, dtype=LOW_DTYPE["remainder"], memory_format=torch.preserve_format)
-    if not isinstance(master, Tensor) or master.shape != param.shape:
-        return zeros
-    weight = local_tensor(param).detach()
-    high, low = casts.split(local_tensor(master))
-    local_tensor(zeros).copy_(
-        torch.where(high.view(torch.int16) == weight.contiguous().view(torch.int16), low, 0)
-    )
-    return zeros
+    distance, half = _distance(param, master), 1 << 15
+    return torch.where((distance >= -half) & (distance <= half), distance.clamp(max=half - 1), 0)
+
+
+def _settle_ties(param: Tensor, master: Tensor) -> None:
+    """Moves masters half-way between two bf16 numbers that split weights have rounded up by one step of fp32.
+
+    Rounded to even they would not be the parameter, and count as weights that the user has written.
+    """
+    tie = (_distance(param, master) == -(1 << 15)) & (master.to(torch.bfloat16) != param)
+    if tie.any():
+        master.view(torch.int32).add_(tie)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """True if the elements of two tensors of one shape lie in the same order, without gaps in the second."""
-    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+    """True if the elements of two tensors of one shape lie in memory in the same order, with the same gaps."""
+    steps = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.numel() == 0 or all(size == 1 or x == y for size, x, y in steps)
 
 
 def _laid_out(param: Tensor, value: Tensor) -> Tensor:
     """The tensor with the strides that a fresh state of the parameter would have."""
-    if not isinstance(value, Tensor) or value.shape != param.shape:
-        return value  # the check that follows names it
     fresh = torch.empty_like(local_tensor(param), device="meta", memory_format=torch.preserve_format)
     if same_layout(local_tensor(value), fresh):
         return value
@@ -132,12 +195,9 @@ def _laid_out(param: Tensor, value: Tensor) -> Tensor:
 
 def _like(param: Tensor, local: Tensor) -> Tensor:
     """A local tensor as what the parameter is: itself, or a DTensor of the same mesh and placements."""
-    if local_tensor(param) is param:
+    if not is_dtensor(param):
         return local
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(param, DTensor):
-        return local
-    return DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())

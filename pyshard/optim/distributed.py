@@ -1,0 +1,61 @@
+"""DTensor parameters (tensor parallel layers, FSDP2): what their placements mean for a step.
+
+A step updates local shards, which needs no communication. Only what concerns all gradients does: their norm, and
+whether one of them is not finite. Each rank sums the squares of its shards; the sums travel over the mesh dimensions
+along which a parameter is sharded and are added in rank order, so that every rank gets the same bits and takes the
+same decision. Replicated and plain parameters count once: their gradients are the same on all ranks already.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.launch import is_dtensor
+
+
+def shard_groups(param: Tensor) -> tuple[Any, ...]:
+    """The process groups over which the parameter's shards are spread; empty for a whole one."""
+    if not is_dtensor(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
+    return tuple(mesh.get_group(i) for i in sharded)
+
+
+def sum_over_ranks(value: float, groups: tuple[Any, ...]) -> float:
+    """The sum of a number over the ranks of all groups, in rank order; a collective."""
+    for group in groups:
+        values = [torch.empty(1, dtype=torch.float64) for _ in range(group.size())]
+        torch.distributed.all_gather(values, torch.tensor([value], dtype=torch.float64), group=group)
+        value = sum(float(v) for v in values)
+    return value
+
+
+def same_placements(param: Tensor, grad: Tensor) -> bool:
+    """True if the gradient is cut as its parameter; else Launch.gather redistributes it at each step."""
+    if not is_dtensor(param):
+        return True
+    return bool(param.placements == grad.placements)  # type: ignore[attr-defined]
+
+
+def check_grad(who: str, name: str, param: Tensor, grad: Tensor) -> None:
+    """What a DTensor parameter asks of itself and its gradient."""
+    if is_dtensor(param) != is_dtensor(grad):
+        raise TypeError(
+            f"{who}: {name} is a {type(param).__name__} and its gradient a {type(grad).__name__}; expected both or "
+            "neither to be a DTensor. Let backward of the sharded model make the gradient."
+        )
+    if not is_dtensor(param):
+        return
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"{who}: {name} has placements {placements}; expected Shard or Replicate, since an update of partial sums "
+            "is not one of their total. Use param.redistribute()."
+        )
+    if grad.device_mesh != mesh or grad.shape != param.shape:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{who}: {name} has shape {tuple(param.shape)} on {mesh} and its gradient {tuple(grad.shape)} on "
+            f"{grad.device_mesh}; expected one shape and mesh. Let backward of the model make the gradient."  # type: ignore[attr-defined]
+        )
