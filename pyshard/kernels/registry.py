@@ -64,7 +64,7 @@ def requested(backend: str) -> str:
     """
     source, name = "backend", backend
     if backend == "auto":
-        source, name = "PYSHARD_BACKEND", os.environ.get("PYSHARD_BACKEND", "auto")
+        source, name = "PYSHARD_BACKEND", os.environ.get("PYSHARD_BACKEND") or "auto"
     if name not in CHOICES:
         raise ValueError(f"pyshard: unknown {source} {name!r}; expected one of {', '.join(CHOICES)}.")
     return name
