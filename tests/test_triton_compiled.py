@@ -78,10 +78,11 @@ def test_nothing_is_spilled_or_shared(code: dict[str, Compiled]) -> None:
 
 
 def test_enough_threads_fit_on_a_multiprocessor(code: dict[str, Compiled]) -> None:
-    """65,536 registers: 1,024 threads of a step or cast cover the latency, half of them where each reads 8 ahead."""
+    """Of 65,536 registers: 768 threads of a step with 4 reads of 16 bytes each under way are 48 KB, and bandwidth times
+    latency is 20 KB on H100, 43 KB on B200; a thread of the norm reads 8 times ahead."""
     for name, made in code.items():
         registers = re.search(r"Used (\d+) registers", made.ptxas)
-        assert registers and int(registers[1]) <= (64 if made.threads == 256 else 128), f"{name}: {made.ptxas}"
+        assert registers and int(registers[1]) <= (80 if made.threads == 256 else 128), f"{name}: {made.ptxas}"
 
 
 @pytest.mark.parametrize("name", STEP_KINDS)
