@@ -25,6 +25,44 @@ Dtype dtype_of(int code) {
   return static_cast<Dtype>(code);
 }
 
+int64_t size_of(int64_t n) {
+  if (n < 0) throw std::invalid_argument("pyshard._C: a size must be at least 0, got " + std::to_string(n));
+  return n;
+}
+
+AdamHyper hyper_of(const std::vector<double>& h) {
+  if (h.size() != 8)
+    throw std::invalid_argument(
+        "pyshard._C: a hyper must be (lr, beta1, beta2, eps, weight_decay, step, sign, decoupled), got " +
+        std::to_string(h.size()) + " numbers");
+  return {h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7]};
+}
+
+AdamRow row_of(const std::vector<int64_t>& r, size_t hypers) {
+  if (r.size() != 9)
+    throw std::invalid_argument("pyshard._C.cpu_adam: a row must have 9 numbers, got " + std::to_string(r.size()));
+  const int64_t kind = r[7], hyper = r[8];
+  if (kind < 4 || kind >= kKinds || hyper < 0 || hyper >= static_cast<int64_t>(hypers))
+    throw std::invalid_argument("pyshard._C.cpu_adam: kind " + std::to_string(kind) + " or hyper index " +
+                                std::to_string(hyper) + " out of range");
+  const int64_t format = kind >> 3;
+  const bool needs[] = {true, format >= kBf16Split && format <= kFp16Master, true, true, true, (kind & 1) != 0};
+  for (size_t i = 0; i < 6; ++i)
+    if (needs[i] && r[i] == 0 && r[6] > 0)
+      throw std::invalid_argument("pyshard._C.cpu_adam: address " + std::to_string(i) + " of a row of kind " +
+                                  std::to_string(kind) + " is null");
+  const auto at = [&](size_t i) { return pointer<void>(static_cast<uintptr_t>(r[i])); };
+  return {at(0),
+          at(1),
+          at(2),
+          static_cast<float*>(at(3)),
+          static_cast<float*>(at(4)),
+          static_cast<float*>(at(5)),
+          size_of(r[6]),
+          static_cast<int32_t>(kind),
+          static_cast<int32_t>(hyper)};
+}
+
 void bind_cpu(py::module_& m) {
   m.def("cpu_isas", &cpu_isas, "Instruction sets that can run here, the fastest last.");
   m.def("cpu_isa", &cpu_isa, "The instruction set in use.");
@@ -34,7 +72,8 @@ void bind_cpu(py::module_& m) {
       "cpu_square_sum",
       [](const std::vector<std::tuple<uintptr_t, int64_t, int>>& tensors, int threads) {
         std::vector<Values> values;
-        for (const auto& [data, n, dtype] : tensors) values.push_back({pointer<void>(data), n, dtype_of(dtype)});
+        for (const auto& [data, n, dtype] : tensors)
+          values.push_back({pointer<void>(data), size_of(n), dtype_of(dtype)});
         py::gil_scoped_release release;
         return cpu_square_sum(values, threads);
       },
@@ -45,22 +84,25 @@ void bind_cpu(py::module_& m) {
         const Dtype source = dtype_of(from), target = dtype_of(to);
         if ((source == kFloat32) == (target == kFloat32))
           throw std::invalid_argument("pyshard._C.cpu_cast: exactly one side must be fp32");
+        const int64_t size = size_of(n);
         py::gil_scoped_release release;
-        cpu_cast(pointer<void>(src), source, pointer<void>(dst), target, n, threads);
+        cpu_cast(pointer<void>(src), source, pointer<void>(dst), target, size, threads);
       },
       py::arg("src"), py::arg("src_dtype"), py::arg("dst"), py::arg("dst_dtype"), py::arg("n"), py::arg("threads"));
   m.def(
       "cpu_split",
       [](uintptr_t master, uintptr_t high, uintptr_t low, int64_t n, int threads) {
+        const int64_t size = size_of(n);
         py::gil_scoped_release release;
-        cpu_split(pointer<float>(master), pointer<uint16_t>(high), pointer<int16_t>(low), n, threads);
+        cpu_split(pointer<float>(master), pointer<uint16_t>(high), pointer<int16_t>(low), size, threads);
       },
       py::arg("master"), py::arg("high"), py::arg("low"), py::arg("n"), py::arg("threads"));
   m.def(
       "cpu_join",
       [](uintptr_t high, uintptr_t low, uintptr_t master, int64_t n, int threads) {
+        const int64_t size = size_of(n);
         py::gil_scoped_release release;
-        cpu_join(pointer<uint16_t>(high), pointer<int16_t>(low), pointer<float>(master), n, threads);
+        cpu_join(pointer<uint16_t>(high), pointer<int16_t>(low), pointer<float>(master), size, threads);
       },
       py::arg("high"), py::arg("low"), py::arg("master"), py::arg("n"), py::arg("threads"));
   m.def(
@@ -68,19 +110,9 @@ void bind_cpu(py::module_& m) {
       [](const std::vector<std::vector<int64_t>>& rows, const std::vector<std::vector<double>>& hypers,
          double grad_scale, int threads) {
         std::vector<AdamRow> table;
-        for (const auto& r : rows) {
-          const auto at = [&](size_t i) { return reinterpret_cast<void*>(static_cast<uintptr_t>(r.at(i))); };
-          const auto kind = static_cast<int32_t>(r.at(7));
-          const auto hyper = static_cast<int32_t>(r.at(8));
-          if (kind < 4 || kind >= kKinds || hyper < 0 || hyper >= static_cast<int32_t>(hypers.size()))
-            throw std::invalid_argument("pyshard._C.cpu_adam: kind or hyper index out of range");
-          table.push_back({at(0), at(1), at(2), static_cast<float*>(at(3)), static_cast<float*>(at(4)),
-                           static_cast<float*>(at(5)), r.at(6), kind, hyper});
-        }
+        for (const auto& row : rows) table.push_back(row_of(row, hypers.size()));
         std::vector<AdamScalars> scalars;
-        for (const auto& h : hypers)
-          scalars.push_back(
-              adam_scalars({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4), h.at(5), h.at(6), h.at(7)}, grad_scale));
+        for (const auto& hyper : hypers) scalars.push_back(adam_scalars(hyper_of(hyper), grad_scale));
         py::gil_scoped_release release;
         cpu_adam(table.data(), static_cast<int64_t>(table.size()), scalars.data(), threads);
       },
@@ -91,16 +123,16 @@ void bind_cpu(py::module_& m) {
       [](const std::vector<uintptr_t>& arrays, int64_t n, int threads) {
         std::vector<float*> pointers;
         for (const uintptr_t array : arrays) pointers.push_back(pointer<float>(array));
+        const int64_t size = size_of(n);
         py::gil_scoped_release release;
-        cpu_sweep(pointers, n, threads);
+        cpu_sweep(pointers, size, threads);
       },
       py::arg("arrays"), py::arg("n"), py::arg("threads"),
       "x += 1 over several fp32 arrays of n elements in lock-step: the read-write limit of the machine.");
   m.def(
       "adam_scalars",
       [](const std::vector<double>& h, double grad_scale) {
-        const AdamScalars s =
-            adam_scalars({h.at(0), h.at(1), h.at(2), h.at(3), h.at(4), h.at(5), h.at(6), h.at(7)}, grad_scale);
+        const AdamScalars s = adam_scalars(hyper_of(h), grad_scale);
         return std::vector<float>{s.grad_scale,      s.weight_decay,   s.decay,
                                   s.one_minus_beta1, s.beta2,          s.one_minus_beta2,
                                   s.step_size,       s.inv_sqrt_bias2, s.eps};
