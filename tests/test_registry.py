@@ -180,7 +180,7 @@ def test_reasons_without_a_gpu() -> None:
     assert reasons["triton", "cpu"] == "available"  # conftest.py sets TRITON_INTERPRET
 
 
-REASON = "(lambda: {(n, d): r for n, d, r in registry.report()}['triton', 'cpu'])()"
+REASON = "{(name, device): reason for name, device, reason in registry.report()}['triton', 'cpu']"
 
 
 def test_a_fresh_process_looks_at_triton_when_it_is_asked_for() -> None:
