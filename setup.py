@@ -54,7 +54,7 @@ FLOAT_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", *FLOAT_FLAGS]
 RELEASE_FLAGS = ["-O3", "-DNDEBUG"]
 SANITIZE_FLAGS = [  # -O2: below it gcc 12 cannot inline a body that the host run passes by name
-    *("-O2", "-g", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"),
+    *("-O2", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 ]
 
