@@ -37,7 +37,7 @@ def check_param(who: str, name: str, param: Tensor) -> None:
     if overlaps_itself(param):
         raise ValueError(
             f"{who}: {name} has shape {tuple(param.shape)} and stride {param.stride()}: several of its elements share "
-            "memory. Expected a parameter of its own; use param.contiguous() or .clone()."
+            "memory; expected an address for each. Use param.contiguous() or .clone()."
         )
 
 

@@ -5,7 +5,8 @@ The classes keep torch's signature, param_groups and state_dict. What a step doe
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class Adam(Optimizer):
     def _reset(self) -> None:
         """Forgets all that is derived from parameters and state; the next step looks at them again."""
         self._plan: Plan | None = None
-        self._checked: list[tuple[Any, ...]] = []
+        self._checked: list[tuple[Any, ...]] = []  # hyperparameters
         self._groups: list[list[float]] = []
         self._grad_norm: float | Tensor | None = None
         self._skipped = 0  # by the host; the controls count those that a device has skipped
@@ -230,18 +231,17 @@ class Adam(Optimizer):
     def _hyperparameters(self) -> list[list[float]]:
         """(lr, beta1, beta2, eps, weight_decay, sign, decoupled) of each group, checked when they change."""
         groups = self.param_groups
-        now = [
-            (g["lr"], *g["betas"], g["eps"], g["weight_decay"], g["maximize"], g["decoupled_weight_decay"])
-            for g in groups
-        ]
-        if self._checked and not any(isinstance(v, Tensor) for known in now for v in known) and now == self._checked:
+        now = [_values(group) for group in groups]
+        tensors = any(isinstance(value, Tensor) for values in now for value in values)  # may change in place
+        if now and not tensors and now == self._checked:
             return self._groups
+        who = f"pyshard.{type(self).__name__}"
         for group in groups:
-            _check_group(f"pyshard.{type(self).__name__}", group)
+            _check_group(who, group)
         self._checked = now
         self._groups = [
-            [_lr(g), *(float(v) for v in known[1:5]), -1.0 if known[5] else 1.0, 1.0 if known[6] else 0.0]
-            for g, known in zip(groups, now, strict=True)
+            [_lr(g), *(float(v) for v in values[1:5]), -1.0 if g["maximize"] else 1.0, float(bool(values[5]))]
+            for g, values in zip(groups, now, strict=True)
         ]
         return self._groups
 
@@ -394,6 +394,13 @@ def _check_and_box(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, An
     return state.box(loaded)
 
 
+def _values(group: dict[str, Any]) -> tuple[Any, ...]:
+    """(lr, beta1, beta2, eps, weight_decay, decoupled, ...): what _check_group looks at and a step needs."""
+    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else (group["betas"],)
+    keys = ("eps", "weight_decay", "decoupled_weight_decay", "maximize", "differentiable", "fused", "foreach")
+    return (group["lr"], *betas, *(group[key] for key in keys))
+
+
 def _lr(group: dict[str, Any]) -> float:
     """The learning rate on the host; 0 for one that stays on the device, where the kernels will read it."""
     lr = group["lr"]
@@ -403,29 +410,32 @@ def _lr(group: dict[str, Any]) -> float:
 
 def _check_group(who: str, group: dict[str, Any]) -> None:
     """Raises for hyperparameters that torch would refuse, and for those that would train to NaN."""
+    misplaced = [option.name for option in fields(Options) if option.name in group]
+    if misplaced:
+        raise ValueError(
+            f"{who}: a parameter group has {', '.join(misplaced)}; expected it as an argument of the optimizer, since "
+            "it holds for all groups. Move it there, or make two optimizers."
+        )
     if group["differentiable"]:
         raise ValueError(f"{who}: differentiable=True is not supported; expected False. Use torch.optim's for that.")
     if group["fused"] and group["foreach"]:
         raise RuntimeError(
             f"{who}: fused=True and foreach=True; expected at most one. Leave both out: every step is fused."
         )
-    lr = group["lr"]
-    betas = group["betas"]
-    for name, value in (("lr", lr), *((f"betas[{i}]", b) for i, b in enumerate(betas))):
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{who}: {name} is a tensor of shape {tuple(value.shape)}; expected one element.")
-    if len(betas) != 2:
-        raise ValueError(f"{who}: betas={betas!r}; expected two numbers.")
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # looking at it would wait for the device
+    lr, betas = group["lr"], group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{who}: betas={betas!r}; expected two numbers in [0, 1), such as (0.9, 0.999).")
     limits = [("eps", group["eps"], math.inf), ("weight_decay", group["weight_decay"], math.inf)]
     limits += [(f"betas[{i}]", beta, 1.0) for i, beta in enumerate(betas)]
-    if not on_device:
+    if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.numel() == 1:
+        pass  # looking at it would wait for the device
+    else:
         limits.append(("lr", lr, math.inf))
     for name, value, below in limits:
-        try:
-            fits = 0.0 <= float(value) < below
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
+        if isinstance(value, Tensor):
+            number = value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
+        else:
+            number = isinstance(value, Real)
+        if not number or not 0.0 <= float(value) < below:
             wanted = "a finite number, at least 0" if below == math.inf else "a number in [0, 1)"
-            raise ValueError(f"{who}: {name}={value!r}; expected {wanted}.")
+            raise ValueError(f"{who}: {name}={value!r}; expected {wanted}, or a tensor of one.")

@@ -125,8 +125,8 @@ def _check(
         fmt = format_of(param.dtype, choice)
     except KeyError:
         raise ValueError(
-            f"{who}: {name} is {str(param.dtype).removeprefix('torch.')} and master_weights={choice!r}; split weights "
-            "complete bfloat16 only. Use master_weights='auto' or 'fp32' for this model."
+            f"{who}: {name} is {str(param.dtype).removeprefix('torch.')} and master_weights={choice!r}, which "
+            "completes bfloat16 only; expected 'auto', 'fp32' or 'none'. Use 'auto' for a model of several dtypes."
         ) from None
     backend = choose(optimizer.options.backend, local.device, param.dtype)
     if group["capturable"] and backend.name == "reference" and local.device.type != "cpu":
