@@ -1,7 +1,7 @@
 """The values of the Triton kernels against the CPU kernels: the same bits.
 
 Without a GPU they run in Triton's interpreter on the guarded tensors themselves; with one, compiled, on copies of
-those tensors and of the sentinels around them.
+those tensors and of the sentinels around them (and then carry the marker gpu).
 """
 
 import math
@@ -39,6 +39,8 @@ pytestmark = [
     # numpy's, about NaN and inf, in the interpreter
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 
 SCALE = 0.37
 SIZES = (0, 1, 1023, 1024, 1025, 2053, 4097)
