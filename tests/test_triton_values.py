@@ -299,10 +299,8 @@ def test_prepare_makes_the_scalars_of_the_host(k: int, rng: np.random.Generator)
 @pytest.mark.parametrize(
     ("grad_scale", "max_norm", "square_sum"),
     [
-        (0.25, 1.0, 4.0),
         (0.125, 0.3, 1234.5),
         (1.0, 0.0, 9.0),
-        (1.0, 1.0, 0.0),
         (1.0, 1.0, math.inf),
         (1.0, 1.0, math.nan),
         (2.0, math.inf, math.nan),
@@ -329,7 +327,6 @@ def test_prepare_clips_as_the_host_does(grad_scale: float, max_norm: float, squa
         (0.0, 1.0, math.inf, True),
         (0.0, 1.0, math.nan, True),
         (0.0, 0.0, math.inf, False),
-        (1.0, 1.0, math.nan, True),
     ],
 )
 def test_prepare_decides_and_counts(found_inf: float, skip_nonfinite: float, square_sum: float, skip: bool) -> None:
