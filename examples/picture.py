@@ -1,7 +1,7 @@
 """The picture of a training: losses, milliseconds per step, bytes held per parameter."""
 
 from argparse import Namespace
-from statistics import median
+from statistics import fmean, median
 
 import matplotlib
 import torch
@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e8ec"
+INK, MUTED, PALE, GRID = "#1f2933", "#66727f", "#c3ccd6", "#e4e8ec"
 PYSHARD, TORCH = "#0b4f8a", "#f0a35e"
 SHADES = ("#9fb3c8", "#d3dce4", "#6d9bc3", PYSHARD)
 STYLE = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED}
@@ -68,17 +68,22 @@ def _steps(axes: Axes, start: int, count: int) -> range:
 
 def _losses(axes: Axes, runs: list[Run], start: int) -> None:
     """The baseline wide and pale, pyshard thin and dark on top of it: both show where they agree."""
+    width = max(1, len(runs[0].losses) // 50)
     for run in reversed(runs):
         ours = run.name == "pyshard"
+        steps = _steps(axes, start, len(run.losses))
+        smooth = [fmean(run.losses[max(0, i - width + 1) : i + 1]) for i in range(len(run.losses))]
+        if ours and width > 1:
+            axes.plot(steps, run.losses, color=PALE, linewidth=0.6, zorder=1, label=f"{run.title}, each step")
         axes.plot(
-            _steps(axes, start, len(run.losses)),
-            run.losses,
+            steps,
+            smooth,
             color=PYSHARD if ours else TORCH,
-            linewidth=0.9 if ours else 4.5,
-            alpha=1.0 if ours else 0.65,
+            linewidth=1.2 if ours else 4.5,
+            alpha=1.0 if ours else 0.8,
             label=f"{run.title}, on held-out text {run.validation_loss:.3f}",
         )
-    axes.set_ylabel("training loss, nats per byte")
+    axes.set_ylabel("training loss, nats per byte" + (f" (mean of {width} steps)" if width > 1 else ""))
     axes.legend(frameon=False, loc="upper right")
 
 

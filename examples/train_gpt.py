@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pyshard import AdamW
 
-LEARNING_RATE, WARM_UP = 2e-3, 40
+LEARNING_RATE, WARM_UP = 1e-3, 40
 
 
 def schedule(step: int, steps: int) -> float:
