@@ -31,8 +31,8 @@ def check_param(who: str, name: str, param: Tensor) -> None:
         )
     if param.device.type == "meta":
         raise ValueError(
-            f"{who}: {name} is on the meta device and has no memory. Materialize the model first "
-            "(model.to_empty(device=...) and initialize it)."
+            f"{who}: {name} is on the meta device; expected one with memory. Materialize the model first: "
+            "model.to_empty(device=...), then initialize it."
         )
     if overlaps_itself(param):
         raise ValueError(

@@ -163,9 +163,17 @@ class Adam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._update()
+        if torch.compiler.is_compiling():
+            self._update_untraced()
+        else:
+            with torch.no_grad():
+                self._update()
         return loss
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _update_untraced(self) -> None:
+        self._update()
 
     def _update(self) -> None:
         groups = self._hyperparameters()
