@@ -20,7 +20,7 @@ MODEL = {
     "context": 128,
 }  # and the batch: as examples/options.py has them
 BATCH = 8
-TIGHT = 10  # steps per sample of the tight loop: the first one still meets what the others left in the caches
+TIGHT = 10  # the tight loop's sample is the tenth step in a row: the first still meets what others left in the caches
 
 
 def _demo_model() -> type[torch.nn.Module]:
@@ -49,8 +49,12 @@ def _contestants(library: peers.Library, model_class, options: dict, dtype, sett
             optimizer.zero_grad()
             model.loss(inputs, targets).backward()
 
+        def steps_before() -> None:
+            for _ in range(TIGHT - 1):
+                optimizer.step()
+
         forward_backward()
-        return Run(optimizer.step, forward_backward if training else None)
+        return Run(optimizer.step, forward_backward if training else steps_before)
 
     names = {f"{library.name}, training": True, f"{library.name}, tight loop": False}
     reason = peers.missing(library, settings.device, settings.peers)
@@ -63,7 +67,6 @@ def _contestants(library: peers.Library, model_class, options: dict, dtype, sett
             machine.version(library.package),
             lambda training=training: make(training),
             role=role if training or role == "peer" else "ours",
-            calls=1 if training else TIGHT,
         )
         for name, training in names.items()
     ]
