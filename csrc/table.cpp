@@ -81,9 +81,10 @@ bool AdamTable::same(const TensorView& view, const Known& known) {
   if (view.device_type != known.device_type || view.device_id != known.device_id) return false;
   if (view.code != known.code || view.bits != known.bits || view.ndim != static_cast<int32_t>(known.shape.size()))
     return false;
+  const bool strided = !known.strides.empty() && view.numel() > 0;
   for (int32_t i = 0; i < view.ndim; ++i) {
     if (view.shape[i] != known.shape[i]) return false;
-    if (!known.strides.empty() && view.shape[i] > 1 && view.strides[i] != known.strides[i]) return false;
+    if (strided && view.shape[i] > 1 && view.strides[i] != known.strides[i]) return false;
   }
   return true;
 }
