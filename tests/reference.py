@@ -90,6 +90,16 @@ class Guarded:
                 raise AssertionError(f"{what}: {len(changed)} bytes written {name} it, the nearest {at} bytes away")
 
 
+# Numbers at which formats and formulas break: zeros, subnormals, the ends of each format, ties, inf and NaN.
+SPECIAL = np.array(
+    [
+        *(0, -0.0, 1e-45, -1e-40, 1.17549435e-38, 5.96e-8, 6.1e-5, 65504, 65520, 1 + 2**-8, 1 + 2**-11),
+        *(1e-20, 1e20, -1e30, 3.3895314e38, 3.4028235e38, np.inf, -np.inf, np.nan),
+    ],
+    np.float32,
+)
+
+
 # ---- formats, on integers ----
 
 
@@ -183,6 +193,14 @@ def adam(
 # ---- the norm ----
 
 
+def clip_coefficient(norm: float, limit: float) -> float:
+    """What brings a norm down to a limit, as torch.nn.utils.clip_grad_norm_ defines it; NaN stays NaN."""
+    if limit == math.inf:
+        return 1.0
+    coefficient = limit / (norm + 1e-6)
+    return 1.0 if coefficient > 1.0 else coefficient
+
+
 def square_sum(tensors: Iterable[Tensor]) -> float:
     """Sum of squares, correctly rounded: squares of fp32 numbers are exact in double."""
     return math.fsum(x * x for tensor in tensors for x in tensor.detach().double().flatten().tolist())
@@ -196,15 +214,6 @@ PARAM_DTYPES = (
 )
 LOW_DTYPES = (None, torch.int16, torch.float32, torch.float32, None, None)
 SPLIT = 1
-
-# Numbers at which formats and formulas break: zeros, subnormals, the ends of each format, ties, inf and NaN.
-SPECIAL = np.array(
-    [
-        *(0, -0.0, 1e-45, -1e-40, 1.17549435e-38, 5.96e-8, 6.1e-5, 65504, 65520, 1 + 2**-8, 1 + 2**-11),
-        *(1e-20, 1e20, -1e30, 3.3895314e38, 3.4028235e38, np.inf, -np.inf, np.nan),
-    ],
-    np.float32,
-)
 
 
 class Row:
