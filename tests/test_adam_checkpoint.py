@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +27,15 @@ FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32 amsgrad": (F32, {"amsgrad": True}),
 }
 IN_FP32_OR_64 = [name for name in FORMATS if name.startswith("fp32") or name == "fp64"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch starts its threads for the smallest tensors, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def network(seed: int, dtype: torch.dtype = F32) -> nn.Sequential:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..kernels.launch import HostLaunch, Launch
@@ -170,7 +171,7 @@ class Adam(Optimizer):
                 self._update()
         return loss
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def _update_untraced(self) -> None:
         self._update()
