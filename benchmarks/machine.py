@@ -25,13 +25,18 @@ PACKAGES = [
 ]
 
 
-def first_line(*command: str) -> str:
-    """The first line that a command prints, or "" if it cannot run."""
+def output(*command: str) -> str:
+    """What a command prints, or "" if it cannot run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip().split("\n")[0]
+    return done.stdout.strip()
+
+
+def first_line(*command: str) -> str:
+    """The first line that a command prints, or "" if it cannot run."""
+    return output(*command).split("\n")[0]
 
 
 def version(package: str) -> str:
