@@ -17,75 +17,31 @@
 namespace pyshard {
 namespace {
 
-template <int32_t kFormat, bool kGradF32, bool kCoupled, bool kAmsgrad>
+template <int32_t kKind>
 void adam_range(const AdamRow& row, const AdamScalars& scalars, int64_t begin, int64_t end) {
+  using S = Stored<kKind>;
   const AdamScalars s = scalars;
-  float* __restrict__ param32 = static_cast<float*>(row.param);
-  uint16_t* __restrict__ param16 = static_cast<uint16_t*>(row.param);
-  int16_t* __restrict__ remainder = static_cast<int16_t*>(row.low);
-  float* __restrict__ master = static_cast<float*>(row.low);
-  const float* __restrict__ grad32 = static_cast<const float*>(row.grad);
-  const uint16_t* __restrict__ grad16 = static_cast<const uint16_t*>(row.grad);
+  auto* __restrict__ param = static_cast<typename S::Param*>(row.param);
+  auto* __restrict__ low = static_cast<typename S::Low*>(row.low);
+  const auto* __restrict__ grad = static_cast<const typename S::Grad*>(row.grad);
   float* __restrict__ exp_avg = row.exp_avg;
   float* __restrict__ exp_avg_sq = row.exp_avg_sq;
   float* __restrict__ max_exp_avg_sq = row.max_exp_avg_sq;
-  constexpr bool kHalf = kFormat == kFp16Master || kFormat == kFp16None;
 
   for (int64_t i = begin; i < end; ++i) {
-    float p;
-    if constexpr (kFormat == kF32) p = param32[i];
-    if constexpr (kFormat == kBf16Split) p = join_master(param16[i], remainder[i]);
-    if constexpr (kFormat == kBf16Master)
-      p = live_master(master[i], float_to_bf16(master[i]), param16[i], bf16_to_float(param16[i]));
-    if constexpr (kFormat == kFp16Master)
-      p = live_master(master[i], float_to_fp16(master[i]), param16[i], fp16_to_float(param16[i]));
-    if constexpr (kFormat == kBf16None) p = bf16_to_float(param16[i]);
-    if constexpr (kFormat == kFp16None) p = fp16_to_float(param16[i]);
-
-    float g;
-    if constexpr (kGradF32) g = grad32[i];
-    if constexpr (!kGradF32 && kHalf) g = fp16_to_float(grad16[i]);
-    if constexpr (!kGradF32 && !kHalf) g = bf16_to_float(grad16[i]);
-
+    typename S::Low remainder{};
+    if constexpr (S::kLow) remainder = low[i];
+    float p = S::weight(param[i], remainder);
     float m = exp_avg[i], v = exp_avg_sq[i], vmax = 0.0f;
-    if constexpr (kAmsgrad) vmax = max_exp_avg_sq[i];
-    adam_update<kCoupled, kAmsgrad>(p, m, v, vmax, g, s);
+    if constexpr (S::kAmsgrad) vmax = max_exp_avg_sq[i];
+    adam_update<S::kCoupled, S::kAmsgrad>(p, m, v, vmax, S::gradient(grad[i]), s);
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
-    if constexpr (kAmsgrad) max_exp_avg_sq[i] = vmax;
-
-    if constexpr (kFormat == kF32) param32[i] = p;
-    if constexpr (kFormat == kBf16Split) {
-      const Split parts = split_master(p);
-      param16[i] = parts.high;
-      remainder[i] = parts.low;
-    }
-    if constexpr (kFormat == kBf16Master || kFormat == kFp16Master) master[i] = p;
-    if constexpr (kFormat == kBf16Master || kFormat == kBf16None) param16[i] = float_to_bf16(p);
-    if constexpr (kFormat == kFp16Master || kFormat == kFp16None) param16[i] = float_to_fp16(p);
+    if constexpr (S::kAmsgrad) max_exp_avg_sq[i] = vmax;
+    S::set_weight(param[i], remainder, p);
+    if constexpr (S::kLow) low[i] = remainder;
   }
 }
-
-template <int32_t kDtype>
-struct Element;
-template <>
-struct Element<kFloat32> {
-  using Type = float;
-  PYSHARD_HD float decode(float x) { return x; }
-  PYSHARD_HD float encode(float x) { return x; }
-};
-template <>
-struct Element<kBfloat16> {
-  using Type = uint16_t;
-  PYSHARD_HD float decode(uint16_t x) { return bf16_to_float(x); }
-  PYSHARD_HD uint16_t encode(float x) { return float_to_bf16(x); }
-};
-template <>
-struct Element<kFloat16> {
-  using Type = uint16_t;
-  PYSHARD_HD float decode(uint16_t x) { return fp16_to_float(x); }
-  PYSHARD_HD uint16_t encode(float x) { return float_to_fp16(x); }
-};
 
 double combine_lanes(double* lanes) {
   for (int64_t width = kNormLanes / 2; width > 0; width /= 2)
@@ -219,9 +175,7 @@ void increment(float* __restrict__ values, int64_t begin, int64_t end) {
 }
 
 // clang-format off
-#define PYSHARD_SWITCHES(format, grad_is_f32)                                                         \
-  adam_range<format, grad_is_f32, false, false>, adam_range<format, grad_is_f32, false, true>,        \
-  adam_range<format, grad_is_f32, true, false>, adam_range<format, grad_is_f32, true, true>
+#define PYSHARD_KINDS(first) adam_range<first>, adam_range<first + 1>, adam_range<first + 2>, adam_range<first + 3>
 #define PYSHARD_JOIN_(a, b) a##b
 #define PYSHARD_JOIN(a, b) PYSHARD_JOIN_(a, b)
 #define PYSHARD_STRING_(a) #a
@@ -232,11 +186,9 @@ void increment(float* __restrict__ values, int64_t begin, int64_t end) {
 
 const Kernels PYSHARD_JOIN(kernels_, PYSHARD_ISA) = {
     PYSHARD_STRING(PYSHARD_ISA),
-    {nullptr, nullptr, nullptr, nullptr, PYSHARD_SWITCHES(kF32, true),  //
-     PYSHARD_SWITCHES(kBf16Split, false), PYSHARD_SWITCHES(kBf16Split, true), PYSHARD_SWITCHES(kBf16Master, false),
-     PYSHARD_SWITCHES(kBf16Master, true), PYSHARD_SWITCHES(kFp16Master, false), PYSHARD_SWITCHES(kFp16Master, true),
-     PYSHARD_SWITCHES(kBf16None, false), PYSHARD_SWITCHES(kBf16None, true), PYSHARD_SWITCHES(kFp16None, false),
-     PYSHARD_SWITCHES(kFp16None, true)},
+    {nullptr, nullptr, nullptr, nullptr,  // fp32 weights have fp32 gradients
+     PYSHARD_KINDS(4), PYSHARD_KINDS(8), PYSHARD_KINDS(12), PYSHARD_KINDS(16), PYSHARD_KINDS(20), PYSHARD_KINDS(24),
+     PYSHARD_KINDS(28), PYSHARD_KINDS(32), PYSHARD_KINDS(36), PYSHARD_KINDS(40), PYSHARD_KINDS(44)},
     {square_sum<kFloat32>, square_sum<kBfloat16>, square_sum<kFloat16>},
     sum,
     {{nullptr, cast<kFloat32, kBfloat16>, cast<kFloat32, kFloat16>},

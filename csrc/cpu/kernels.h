@@ -2,22 +2,9 @@
 // instruction set and defines one table each; runtime.cpp picks a table and walks tensors with it.
 #pragma once
 
-#include "../adam.h"
+#include "../storage.h"
 
 namespace pyshard {
-
-constexpr int64_t kNormLanes = 128;   // double accumulators of a block, 16 AVX-512 registers
-constexpr int64_t kNormBlock = 4096;  // elements whose squares are summed before blocks are combined
-constexpr int64_t kNormRows = kNormBlock / kNormLanes;
-
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kDtypes = 3 };
-
-// The gradient's dtype follows from the kind.
-PYSHARD_HD Dtype grad_dtype(int32_t kind) {
-  const int32_t format = kind >> 3;
-  if (kind & 4) return kFloat32;
-  return format == kFp16Master || format == kFp16None ? kFloat16 : format == kF32 ? kFloat32 : kBfloat16;
-}
 
 struct Kernels {
   const char* name;

@@ -30,14 +30,12 @@ struct AdamArgs {
   int64_t blocks() const { return n_blocks; }
 };
 
-template <int32_t kFormat, bool kGradF32, bool kCoupled, bool kAmsgrad>
-struct AdamQuad {
-  static constexpr bool kFp16 = kFormat == kFp16Master || kFormat == kFp16None;
-  static constexpr bool kMaster = kFormat == kBf16Master || kFormat == kFp16Master;
-  static constexpr bool kLow = kMaster || kFormat == kBf16Split;
-  using Param = std::conditional_t<kFormat == kF32, float, uint16_t>;
-  using Low = std::conditional_t<kMaster, float, int16_t>;
-  using Grad = std::conditional_t<kGradF32, float, uint16_t>;
+template <int32_t kKind>
+struct AdamQuad : Stored<kKind> {
+  using S = Stored<kKind>;
+  using typename S::Grad;
+  using typename S::Low;
+  using typename S::Param;
 
   Quad<Param> param;
   Quad<Low> low;
@@ -48,66 +46,39 @@ struct AdamQuad {
   PYSHARD_HD AdamQuad read(const AdamRow& row, int64_t i) {
     AdamQuad q{};
     q.param = load<kVector>(static_cast<const Param*>(row.param), i, row.n);
-    if constexpr (kLow) q.low = load<kVector>(static_cast<const Low*>(row.low), i, row.n);
+    if constexpr (S::kLow) q.low = load<kVector>(static_cast<const Low*>(row.low), i, row.n);
     q.grad = load<kVector>(static_cast<const Grad*>(row.grad), i, row.n);
     q.exp_avg = load<kVector>(row.exp_avg, i, row.n);
     q.exp_avg_sq = load<kVector>(row.exp_avg_sq, i, row.n);
-    if constexpr (kAmsgrad) q.max_exp_avg_sq = load<kVector>(row.max_exp_avg_sq, i, row.n);
+    if constexpr (S::kAmsgrad) q.max_exp_avg_sq = load<kVector>(row.max_exp_avg_sq, i, row.n);
     return q;
   }
 
   template <bool kVector>
   PYSHARD_HD void write(const AdamQuad& q, const AdamRow& row, int64_t i) {
     store<kVector>(static_cast<Param*>(row.param), i, row.n, q.param);
-    if constexpr (kLow) store<kVector>(static_cast<Low*>(row.low), i, row.n, q.low);
+    if constexpr (S::kLow) store<kVector>(static_cast<Low*>(row.low), i, row.n, q.low);
     store<kVector>(row.exp_avg, i, row.n, q.exp_avg);
     store<kVector>(row.exp_avg_sq, i, row.n, q.exp_avg_sq);
-    if constexpr (kAmsgrad) store<kVector>(row.max_exp_avg_sq, i, row.n, q.max_exp_avg_sq);
-  }
-
-  PYSHARD_HD float weight(Param param, Low low) {
-    if constexpr (kFormat == kF32) return param;
-    if constexpr (kFormat == kBf16Split) return join_master(param, low);
-    if constexpr (kFormat == kBf16Master) return live_master(low, float_to_bf16(low), param, bf16_to_float(param));
-    if constexpr (kFormat == kFp16Master) return live_master(low, float_to_fp16(low), param, fp16_to_float(param));
-    if constexpr (kFormat == kBf16None) return bf16_to_float(param);
-    if constexpr (kFormat == kFp16None) return fp16_to_float(param);
-  }
-
-  PYSHARD_HD float gradient(Grad grad) {
-    if constexpr (kGradF32) return grad;
-    if constexpr (!kGradF32 && kFp16) return fp16_to_float(grad);
-    if constexpr (!kGradF32 && !kFp16) return bf16_to_float(grad);
-  }
-
-  PYSHARD_HD void set_weight(Param& param, Low& low, float p) {
-    if constexpr (kFormat == kF32) param = p;
-    if constexpr (kFormat == kBf16Split) {
-      const Split parts = split_master(p);
-      param = parts.high;
-      low = parts.low;
-    }
-    if constexpr (kMaster) low = p;
-    if constexpr (kFormat == kBf16Master || kFormat == kBf16None) param = float_to_bf16(p);
-    if constexpr (kFp16) param = float_to_fp16(p);
+    if constexpr (S::kAmsgrad) store<kVector>(row.max_exp_avg_sq, i, row.n, q.max_exp_avg_sq);
   }
 
   PYSHARD_HD void update(AdamQuad& q, const AdamScalars& s) {
     PYSHARD_UNROLL
     for (int j = 0; j < 4; ++j) {
-      float p = weight(q.param.at[j], q.low.at[j]);
+      float p = S::weight(q.param.at[j], q.low.at[j]);
       float vmax = 0.0f;
-      if constexpr (kAmsgrad) vmax = q.max_exp_avg_sq.at[j];
-      adam_update<kCoupled, kAmsgrad>(p, q.exp_avg.at[j], q.exp_avg_sq.at[j], vmax, gradient(q.grad.at[j]), s);
-      if constexpr (kAmsgrad) q.max_exp_avg_sq.at[j] = vmax;
-      set_weight(q.param.at[j], q.low.at[j], p);
+      if constexpr (S::kAmsgrad) vmax = q.max_exp_avg_sq.at[j];
+      adam_update<S::kCoupled, S::kAmsgrad>(p, q.exp_avg.at[j], q.exp_avg_sq.at[j], vmax, S::gradient(q.grad.at[j]), s);
+      if constexpr (S::kAmsgrad) q.max_exp_avg_sq.at[j] = vmax;
+      S::set_weight(q.param.at[j], q.low.at[j], p);
     }
   }
 };
 
 template <int32_t kKind>
 PYSHARD_HD void adam_block(const AdamRow& row, const AdamScalars& s, int64_t start, int thread) {
-  using Q = AdamQuad<(kKind >> 3), (kKind & 4) != 0, (kKind & 2) != 0, (kKind & 1) != 0>;
+  using Q = AdamQuad<kKind>;
   const bool aligned = aligned16(row.param) && aligned16(row.low) && aligned16(row.grad) && aligned16(row.exp_avg) &&
                        aligned16(row.exp_avg_sq) && aligned16(row.max_exp_avg_sq);
   // One quad at a time: its four to six loads, by the 1,024 threads that 64 registers allow on a multiprocessor, keep

@@ -1,11 +1,8 @@
-// What all kernel bodies share: quads of elements and how a thread reads and writes them, stored formats, and the
+// What all kernel bodies share: quads of elements and how a thread reads and writes them, and the
 // look-up from blocks to rows.
 #pragma once
 
-#include <type_traits>
-
-#include "../adam.h"
-#include "../cpu/kernels.h"
+#include "../storage.h"
 
 #if defined(__CUDACC__)
 #define PYSHARD_UNROLL _Pragma("unroll")
@@ -70,23 +67,6 @@ PYSHARD_HD void store(T* array, int64_t i, int64_t n, const Quad<T>& quad) {
 }
 
 PYSHARD_HD bool aligned16(const void* pointer) { return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0; }
-
-// ---- stored formats ----
-
-template <int32_t kDtype>
-struct Element {
-  using Type = std::conditional_t<kDtype == kFloat32, float, uint16_t>;
-  PYSHARD_HD float decode(Type x) {
-    if constexpr (kDtype == kFloat32) return x;
-    if constexpr (kDtype == kBfloat16) return bf16_to_float(x);
-    if constexpr (kDtype == kFloat16) return fp16_to_float(x);
-  }
-  PYSHARD_HD Type encode(float x) {
-    if constexpr (kDtype == kFloat32) return x;
-    if constexpr (kDtype == kBfloat16) return float_to_bf16(x);
-    if constexpr (kDtype == kFloat16) return float_to_fp16(x);
-  }
-};
 
 // ---- rows and their blocks ----
 
