@@ -73,8 +73,6 @@ def _losses(axes: Axes, runs: list[Run], start: int) -> None:
         ours = run.name == "pyshard"
         steps = _steps(axes, start, len(run.losses))
         smooth = [fmean(run.losses[max(0, i - width + 1) : i + 1]) for i in range(len(run.losses))]
-        if ours and width > 1:
-            axes.plot(steps, run.losses, color=PALE, linewidth=0.6, zorder=1, label=f"{run.title}, each step")
         axes.plot(
             steps,
             smooth,
@@ -83,6 +81,8 @@ def _losses(axes: Axes, runs: list[Run], start: int) -> None:
             alpha=1.0 if ours else 0.8,
             label=f"{run.title}, on held-out text {run.validation_loss:.3f}",
         )
+        if ours and width > 1:
+            axes.plot(steps, run.losses, color=PALE, linewidth=0.6, zorder=1, label=f"{run.title}, each step")
     axes.set_ylabel("training loss, nats per byte" + (f" (mean of {width} steps)" if width > 1 else ""))
     axes.legend(frameon=False, loc="upper right")
 
