@@ -122,7 +122,7 @@ def _measured_dtype() -> str:
 
     def best_ms(dtype: torch.dtype) -> float:
         a, times = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(7):
+        for _ in range(20):
             begin = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - begin)
