@@ -84,10 +84,10 @@ class DeviceLaunch(Launch):
         return rows.view(n, 8), adam_first, norm_first, steps, hypers.view(torch.float64).view(k, 8)
 
     def square_sum(self) -> Tensor:
-        """Sum of squares of the gradients in the fixed order of blocks: a 0-d double on the device."""
+        """Sum of squares of the gradients in the fixed order of blocks, over all ranks: a 0-d double on the device."""
         rows, _, norm_first, _, _ = self._parts()
         blocks = self.table.blocks(NORM_BLOCK)
-        return _square_sum(self.kernels, rows, norm_first, blocks)
+        return self.over_ranks(_square_sum(self.kernels, rows, norm_first, blocks))
 
     def set_inputs(self, grad_scale: float | Tensor, max_norm: float, square_sum: Tensor | None, skip: bool) -> None:
         """Writes what decides about this step into the control tensor."""

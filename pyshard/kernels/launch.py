@@ -125,6 +125,16 @@ class Launch:
             e.param_buffer.copy_(e.local)
             e.grad_buffer.copy_(local_tensor(grad))
 
+    def over_ranks(self, square_sum: Tensor) -> Tensor:
+        """The sum of a 0-d tensor over the ranks that share the parameters, in rank order: the same bits on all."""
+        for group in self.shards:
+            sums = [torch.empty_like(square_sum) for _ in range(group.size())]
+            torch.distributed.all_gather(sums, square_sum.contiguous(), group=group)
+            square_sum = sums[0]
+            for other in sums[1:]:
+                square_sum = square_sum + other
+        return square_sum
+
     def scatter(self) -> None:
         """Copies updated buffers back to their parameters, and tells autograd that all parameters have changed.
 
@@ -143,11 +153,13 @@ class HostLaunch(Launch):
     """A launch whose step counts and scalars live on the host: CPU tensors, or the reference on any device."""
 
     def square_sum(self) -> float:
-        """Sum of squares of the gradients, in the fixed order of blocks."""
+        """Sum of squares of the gradients, in the fixed order of blocks, over all ranks."""
         if self.backend == "cpu":
-            return self.table.square_sum(torch.get_num_threads())
-        grads = [e.grad() for e in self.active()]
-        return float(reference.square_sum([g for g in grads if g is not None]))
+            total = self.table.square_sum(torch.get_num_threads())
+        else:
+            grads = [e.grad() for e in self.active()]
+            total = float(reference.square_sum([g for g in grads if g is not None]))
+        return float(self.over_ranks(torch.tensor(total, dtype=torch.float64))) if self.shards else total
 
     def adam(self, groups: list[list[float]], grad_scale: float) -> None:
         """One step: counts it, and updates parameters and moments. `groups` as AdamTable.prepare takes them."""

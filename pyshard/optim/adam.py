@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..kernels.launch import HostLaunch, Launch
 from ..kernels.reference import clip_coefficient
 from ..kernels.registry import requested
-from . import distributed, explain, state
+from . import explain, state
 from .plan import Plan, make_plan, named_params
 
 _CHOICES = {
@@ -205,10 +205,7 @@ class Adam(Optimizer):
             launch.gather()
         options = self.options
         if options.max_grad_norm is not None or options.nonfinite != "propagate":
-            total = 0.0
-            for launch in launches:
-                part = launch.square_sum()
-                total += distributed.sum_over_ranks(part, launch.shards) if launch.shards else part
+            total = sum(launch.square_sum() for launch in launches)
             norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
             if options.nonfinite == "raise" and not math.isfinite(total):
                 raise FloatingPointError(self._nonfinite_message(launches))
@@ -223,7 +220,8 @@ class Adam(Optimizer):
             launch.scatter()
 
     def _nonfinite_message(self, launches: Sequence[Launch]) -> str:
-        name = next((n for n in (launch.first_nonfinite() for launch in launches) if n), "a parameter")
+        names = (launch.first_nonfinite() for launch in launches)
+        name = next((name for name in names if name is not None), "a parameter on another rank")
         return (
             f"pyshard.{type(self).__name__}: the gradient of {name} holds inf or NaN; expected finite gradients "
             "(nonfinite='raise'). Nothing was changed. Lower the learning rate or the loss scale, or use "

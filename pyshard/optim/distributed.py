@@ -1,14 +1,13 @@
 """DTensor parameters (tensor parallel layers, FSDP2): what their placements mean for a step.
 
 A step updates local shards, which needs no communication. Only what concerns all gradients does: their norm, and
-whether one of them is not finite. Each rank sums the squares of its shards; the sums travel over the mesh dimensions
-along which a parameter is sharded and are added in rank order, so that every rank gets the same bits and takes the
-same decision. Replicated and plain parameters count once: their gradients are the same on all ranks already.
+whether one of them is not finite. The sums of squares travel over the mesh dimensions along which parameters are cut
+(Launch.over_ranks), so that every rank gets the same bits and takes the same decision. Replicated and plain
+parameters count once: their gradients are the same on all ranks already.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernels.launch import is_dtensor
@@ -21,15 +20,6 @@ def shard_groups(param: Tensor) -> tuple[Any, ...]:
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
     return tuple(mesh.get_group(i) for i in sharded)
-
-
-def sum_over_ranks(value: float, groups: tuple[Any, ...]) -> float:
-    """The sum of a number over the ranks of all groups, in rank order; a collective."""
-    for group in groups:
-        values = [torch.empty(1, dtype=torch.float64) for _ in range(group.size())]
-        torch.distributed.all_gather(values, torch.tensor([value], dtype=torch.float64), group=group)
-        value = sum(float(v) for v in values)
-    return value
 
 
 def same_placements(param: Tensor, grad: Tensor) -> bool:
