@@ -26,5 +26,6 @@ _PLANNED = {
 
 def __getattr__(name: str) -> object:
     if name in _PLANNED:
-        raise AttributeError(f"pyshard.{name} is not built yet in version {__version__}; there are: {', '.join(__all__)}")
+        there = ", ".join(__all__)
+        raise AttributeError(f"pyshard.{name} is not built yet in version {__version__}; there are: {there}")
     raise AttributeError(f"module 'pyshard' has no attribute {name!r}")

@@ -11,16 +11,12 @@ def gen(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _adam_inputs(
-    dtype: torch.dtype, low: torch.dtype | None, gen: torch.Generator
-) -> dict[str, list[torch.Tensor]]:
+def _adam_inputs(dtype: torch.dtype, low: torch.dtype | None, gen: torch.Generator) -> dict[str, list[torch.Tensor]]:
     shapes = [(5,), (3, 7), (0,)]
     params = [torch.randn(s, generator=gen).to(dtype) for s in shapes]
     moment = torch.float64 if dtype == torch.float64 else torch.float32
     lows = (
-        []
-        if low is None
-        else [(p.float() if low == torch.float32 else torch.zeros_like(p, dtype=low)) for p in params]
+        [] if low is None else [(p.float() if low == torch.float32 else torch.zeros_like(p, dtype=low)) for p in params]
     )
     return {
         "params": params,
@@ -100,9 +96,7 @@ def test_a_compiled_function_with_the_ops_gives_the_same_bits(gen: torch.Generat
     eager, compiled = tensors(), tensors()
     expected = step(*eager, torch.tensor(1.0), torch.tensor(0.1))
     # One backend that only captures the graph, so that no compiler's arithmetic enters.
-    result = torch.compile(step, backend="aot_eager", fullgraph=True)(
-        *compiled, torch.tensor(1.0), torch.tensor(0.1)
-    )
+    result = torch.compile(step, backend="aot_eager", fullgraph=True)(*compiled, torch.tensor(1.0), torch.tensor(0.1))
     for a, b in zip(expected, result, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(eager, compiled, strict=True):
@@ -145,9 +139,7 @@ def test_bad_lists_are_refused_and_nothing_changes(message, spoil, gen: torch.Ge
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("lr", -1.0), ("lr", float("nan")), ("step", 0.0), ("step", 1e300)]
-)
+@pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("lr", float("nan")), ("step", 0.0), ("step", 1e300)])
 def test_bad_scalars_are_refused(name: str, value: float, gen: torch.Generator) -> None:
     inputs = _adam_inputs(torch.float32, None, gen)
     scalars = {

@@ -48,9 +48,7 @@ class Launches:
         """
         self._run("sum", values.device, values.data_ptr(), values.numel(), out.data_ptr())
 
-    def prepare(
-        self, hypers: Tensor, step_addresses: Tensor | None, control: Tensor, scalars: Tensor
-    ) -> None:
+    def prepare(self, hypers: Tensor, step_addresses: Tensor | None, control: Tensor, scalars: Tensor) -> None:
         """Decides whether the step is skipped, counts it, and computes its scalars in double.
 
         Args:

@@ -114,9 +114,7 @@ def _checked(
     lists |= {n: x for n, x in (("max_exp_avg_sqs", max_exp_avg_sqs), ("lows", lows)) if x}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
-            raise ValueError(
-                f"{_WHO}: got {len(params)} params and {len(tensors)} {name}; expected as many of each."
-            )
+            raise ValueError(f"{_WHO}: got {len(params)} params and {len(tensors)} {name}; expected as many of each.")
     rows: list[_Row] = []
     regions: list[checks.Region] = []
     for i, p in enumerate(params):
@@ -143,14 +141,15 @@ def _checked(
                 checks.check_state(_WHO, who, p, key, value, moment)
         if low is not None:
             checks.check_state(_WHO, who, p, "lows", low, low.dtype)
-        tensors = {
+        named = {
+            "param": p,
             "low": low,
             "grad": grads[i],
             "exp_avg": exp_avgs[i],
             "exp_avg_sq": exp_avg_sqs[i],
             "max": vmax,
         }
-        for key, tensor in {"param": p, **tensors}.items():
+        for key, tensor in named.items():
             if tensor is None:
                 continue
             if not tensor.is_contiguous() or tensor.device != params[0].device:

@@ -66,9 +66,7 @@ def grad_norm(tensors: list[Tensor], backend: str = "auto") -> tuple[Tensor, Ten
 @grad_norm.register_fake
 def _(tensors: list[Tensor], backend: str = "auto") -> tuple[Tensor, Tensor]:
     device = tensors[0].device if tensors else torch.device("cpu")
-    return torch.empty((), dtype=torch.float64, device=device), torch.empty(
-        (), dtype=torch.bool, device=device
-    )
+    return torch.empty((), dtype=torch.float64, device=device), torch.empty((), dtype=torch.bool, device=device)
 
 
 @custom_op("pyshard::adam_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "lows"))
