@@ -9,7 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= tests/test_binding.py
+SANITIZE_TESTS ?= tests/test_binding*.py
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -70,13 +70,15 @@ gpu-report: ## on a GPU machine: GPU tests and benchmarks into benchmarks/result
 	$(PYTHON) -m benchmarks.gpu_report $(ARGS)
 
 # A package of its own under build/, tests beside it, so that its module is the one imported. The sanitizer's
-# library must come first in the process; leaks are not looked for, since Python and torch keep memory at exit.
+# library must come first in the process, and libstdc++ beside it, or an exception ends it. Leaks are not looked for, since
+# Python and torch keep memory at exit. Findings go to stderr, past pytest (-s).
 sanitize: $(VENV)/.tools ## kernel tests under the address and undefined-behaviour sanitizers
 	PYSHARD_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	rm -rf $(SANITIZED)/tests
 	cp -R tests pyproject.toml $(SANITIZED)/
-	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 $(abspath $(BIN))/python -m pytest -s -p no:cacheprovider $(SANITIZE_TESTS) $(ARGS)
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info pyshard/_C*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
