@@ -6,11 +6,11 @@
 namespace pyshard {
 namespace {
 
-template <class Args, class Body>
-void run_threads(const Args& args, int64_t begin, int64_t end, const Body& body) {
+template <auto kBody, class Args>
+void run_threads(const Args& args, int64_t begin, int64_t end) {
   DefaultFloatMode mode;  // a GPU keeps subnormals whatever the host does
   for (int64_t block = begin; block < end; ++block)
-    for (int thread = 0; thread < kThreads; ++thread) body(args, block, thread);
+    for (int thread = 0; thread < kThreads; ++thread) kBody(args, block, thread);
 }
 
 // Each phase by all threads before the next: what the barriers of the kernel ensure.
@@ -30,7 +30,7 @@ void run_sums(const Args& args, double* out, int64_t begin, int64_t end) {
 
 template <>
 void host_run(const AdamArgs& args, int64_t begin, int64_t end) {
-  run_threads(args, begin, end, adam_body);
+  run_threads<adam_body>(args, begin, end);
 }
 
 template <>
@@ -45,22 +45,22 @@ void host_run(const SumArgs& args, int64_t begin, int64_t end) {
 
 template <>
 void host_run(const PrepareArgs& args, int64_t begin, int64_t end) {
-  run_threads(args, begin, end, prepare_body);
+  run_threads<prepare_body>(args, begin, end);
 }
 
 template <>
 void host_run(const CastArgs& args, int64_t begin, int64_t end) {
-  run_threads(args, begin, end, cast_body);
+  run_threads<cast_body>(args, begin, end);
 }
 
 template <>
 void host_run(const SplitArgs& args, int64_t begin, int64_t end) {
-  run_threads(args, begin, end, split_body);
+  run_threads<split_body>(args, begin, end);
 }
 
 template <>
 void host_run(const JoinArgs& args, int64_t begin, int64_t end) {
-  run_threads(args, begin, end, join_body);
+  run_threads<join_body>(args, begin, end);
 }
 
 }  // namespace pyshard

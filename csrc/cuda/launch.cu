@@ -112,9 +112,15 @@ PYSHARD_LAUNCH(JoinArgs, pyshard_join, kThreads)
 
 std::string launch_refusal(int device) {
   cudaError_t error = cudaSetDevice(device);
-  cudaFuncAttributes attributes;
-  // Loads the code for the device, which fails if this build has none.
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, pyshard_adam);
+  // Loads the code for the device: this fails if the build has none, and a later CUDA graph finds it loaded.
+  for (const void* kernel :
+       {reinterpret_cast<const void*>(pyshard_adam), reinterpret_cast<const void*>(pyshard_square_sum),
+        reinterpret_cast<const void*>(pyshard_sum), reinterpret_cast<const void*>(pyshard_prepare),
+        reinterpret_cast<const void*>(pyshard_cast), reinterpret_cast<const void*>(pyshard_split),
+        reinterpret_cast<const void*>(pyshard_join)}) {
+    cudaFuncAttributes attributes;
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  }
   cudaGetLastError();  // answered here, so the next launch must not find it
   return error == cudaSuccess ? "" : explain(error);
 }
