@@ -9,7 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= tests/test_binding*.py
+SANITIZE_TESTS ?= $(addprefix tests/test_,binding*.py cpu_kernels.py norm.py casts.py cuda_host_run.py cuda_convert.py)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
