@@ -267,6 +267,28 @@ def fsdp2_trains_as_one_process(mesh: DeviceMesh, seed: int) -> None:
 
 
 @check
+def fsdp1_has_no_global_norm(mesh: DeviceMesh, seed: int) -> None:
+    """Its shards are plain tensors: they train as with torch.optim, and options that need a norm are refused."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for original in (False, True):
+        models = [
+            FullyShardedDataParallel(network(seed), device_id=torch.device("cpu"), use_orig_params=original)
+            for _ in range(2)
+        ]
+        pairs = [
+            (models[0], pyshard.AdamW(models[0].parameters(), lr=0.01)),
+            (models[1], torch.optim.AdamW(models[1].parameters(), lr=0.01)),
+        ]
+        ours, theirs = (train(model, optimizer, seed, mesh.get_rank()) for model, optimizer in pairs)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        refused = pyshard.AdamW(models[0].parameters(), max_grad_norm=1.0)
+        with pytest.raises(ValueError, match="part of a FullyShardedDataParallel module"):
+            refused.step()
+        dist.barrier()
+
+
+@check
 def checkpoint_of_two_ranks(mesh: DeviceMesh, seed: int) -> None:
     """dcp.save and dcp.load, into a fresh model: training goes on with the same bits."""
     import torch.distributed.checkpoint as dcp

@@ -287,6 +287,7 @@ CASES: dict[str, Case] = {
     "bf16 gradient of fp64": Case(set_grad_data(lambda g: g.to(BF16)), ValueError, ("bfloat16 grad",), (F64, F64)),
     "complex gradient": Case(set_grad_data(lambda g: g.to(torch.complex64)), ValueError, ("complex64 gradient",)),
     "int gradient": Case(set_grad_data(lambda g: g.to(torch.int32)), ValueError, ("int32 gradient",)),
+    "gradient without memory": Case(set_grad(lambda p: torch._efficientzerotensor(6)), ValueError, ("without memory",)),
     "short gradient": Case(set_grad_data(lambda g: g[:5]), ValueError, ("(6,)", "(5,)", "zero_grad")),
     "long gradient": Case(set_grad_data(lambda g: torch.zeros(7)), ValueError, ("(6,)", "(7,)")),
     "reshaped gradient": Case(set_grad_data(lambda g: g.view(2, 3)), ValueError, ("(6,)", "(2, 3)")),
@@ -390,6 +391,22 @@ def test_interleaved_parameters_are_fine() -> None:
         for _ in range(3):
             optimizer.step()
     assert_same_bits(torch.stack([p.detach() for p in params]), torch.stack([p.detach() for p in alone]))
+
+
+def test_interleaved_tensors_of_two_widths() -> None:
+    """A bf16 parameter in the gaps of an fp32 one, and one that meets it by two bytes."""
+    memory = torch.zeros(12)
+    halves = memory.view(BF16)
+    for offset, fine in ((2, True), (3, True), (1, False)):
+        wide, low = nn.Parameter(memory[0::2]), nn.Parameter(halves[offset::4])
+        for param in (wide, low):
+            param.data, param.grad = param.detach(), torch.zeros_like(param)
+        optimizer = pyshard.AdamW([wide, low])
+        if fine:
+            optimizer.step()
+        else:
+            with pytest.raises(ValueError, match="share memory"):
+                optimizer.step()
 
 
 def test_parameter_twice() -> None:

@@ -4,6 +4,7 @@ Each function raises before anything has been changed. Messages say what, what w
 remedy; `who` opens them and names the caller.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -47,6 +48,11 @@ def check_grad(who: str, name: str, param: Tensor, grad: Tensor) -> None:
         raise RuntimeError(
             f"{who}: {name} has a sparse gradient (layout {grad.layout}); expected a dense one. "
             "Use sparse=False in the embedding, or torch.optim.SparseAdam for this parameter."
+        )
+    if grad.numel() and not grad.data_ptr():
+        raise ValueError(
+            f"{who}: {name} has a gradient without memory (a {type(grad).__name__}); expected a tensor of values. "
+            "Use grad.clone()."
         )
     if grad.dtype not in (param.dtype, torch.float32):
         expected = {str(param.dtype).removeprefix("torch."), "float32"}
@@ -160,12 +166,14 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     if _is_dense(a) and _is_dense(b):
         return True
     base = min(a.data_ptr(), b.data_ptr())
+    unit = math.gcd(a.element_size(), b.element_size(), a.data_ptr() - base, b.data_ptr() - base)
     size = max(a.data_ptr() + _extent(a), b.data_ptr() + _extent(b)) - base
-    used = []
-    for tensor in (a, b):
-        mask = torch.zeros(size, dtype=torch.bool)
-        width = tensor.element_size()
-        strides = [s * width for s in tensor.stride()]
-        mask.as_strided((*tensor.shape, width), (*strides, 1), tensor.data_ptr() - base).fill_(True)
-        used.append(mask)
-    return bool((used[0] & used[1]).any())
+    used = torch.zeros(size // unit, dtype=torch.bool)
+
+    def elements(tensor: Tensor) -> Tensor:
+        width = tensor.element_size() // unit
+        strides = [stride * width for stride in tensor.stride()]
+        return used.as_strided((*tensor.shape, width), (*strides, 1), (tensor.data_ptr() - base) // unit)
+
+    elements(a).fill_(True)
+    return bool(elements(b).any())

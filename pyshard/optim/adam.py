@@ -5,8 +5,6 @@ The classes keep torch's signature, param_groups and state_dict. What a step doe
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
 import torch
@@ -16,40 +14,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..kernels.launch import HostLaunch, Launch
 from ..kernels.reference import clip_coefficient
-from ..kernels.registry import requested
 from . import explain, state
+from .arguments import Options, check_group, rate, values
 from .plan import Plan, make_plan, named_params
-
-_CHOICES = {
-    "master_weights": ("auto", "fp32", "split", "none"),
-    "moments": ("fp32", "int8"),
-    "nonfinite": ("propagate", "skip", "raise"),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What pyshard adds to torch's arguments; the same for all groups."""
-
-    master_weights: str
-    moments: str
-    nonfinite: str
-    max_grad_norm: float | None
-    backend: str
-
-    def check(self, who: str) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{who}: {name}={getattr(self, name)!r}; expected one of {', '.join(choices)}.")
-        if self.moments == "int8":
-            raise ValueError(f"{who}: moments='int8' is not built yet; expected 'fp32'. Leave the argument out.")
-        norm = self.max_grad_norm
-        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
-            raise ValueError(
-                f"{who}: max_grad_norm={norm!r}; expected a positive number, or None for no clipping. "
-                "float('inf') computes grad_norm without clipping."
-            )
-        requested(self.backend)
 
 
 class Adam(Optimizer):
@@ -129,7 +96,7 @@ class Adam(Optimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay or self._decoupled,
         }
-        _check_group(who, defaults)
+        check_group(who, defaults)
         self._reset()
         super().__init__(params, defaults)
         if fused:
@@ -204,7 +171,7 @@ class Adam(Optimizer):
         for launch in launches:
             launch.gather()
         options = self.options
-        if options.max_grad_norm is not None or options.nonfinite != "propagate":
+        if options.needs_norm():
             total = sum(launch.square_sum() for launch in launches)
             norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
             if options.nonfinite == "raise" and not math.isfinite(total):
@@ -238,17 +205,17 @@ class Adam(Optimizer):
     def _hyperparameters(self) -> list[list[float]]:
         """(lr, beta1, beta2, eps, weight_decay, sign, decoupled) of each group, checked when they change."""
         groups = self.param_groups
-        now = [_values(group) for group in groups]
-        tensors = any(isinstance(value, Tensor) for values in now for value in values)  # may change in place
+        now = [values(group) for group in groups]
+        tensors = any(isinstance(value, Tensor) for known in now for value in known)  # may change in place
         if now and not tensors and now == self._checked:
             return self._groups
         who = f"pyshard.{type(self).__name__}"
         for group in groups:
-            _check_group(who, group)
+            check_group(who, group)
         self._checked = now
         self._groups = [
-            [_lr(g), *(float(v) for v in values[1:5]), -1.0 if g["maximize"] else 1.0, float(bool(values[5]))]
-            for g, values in zip(groups, now, strict=True)
+            [rate(g), *(float(v) for v in known[1:5]), -1.0 if g["maximize"] else 1.0, float(bool(known[5]))]
+            for g, known in zip(groups, now, strict=True)
         ]
         return self._groups
 
@@ -284,7 +251,7 @@ class Adam(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch.optim does; its hyperparameters are checked first."""
         if isinstance(param_group, dict):
-            _check_group(f"pyshard.{type(self).__name__}", {**self.defaults, **param_group})
+            check_group(f"pyshard.{type(self).__name__}", {**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._plan = None
 
@@ -317,7 +284,7 @@ class Adam(Optimizer):
         return kept
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        skipped = kept.get("_skipped", getattr(self, "_skipped", 0))
+        skipped = kept["_skipped"] if "_skipped" in kept else self.skipped_steps
         self._reset()
         super().__setstate__(kept)
         self._skipped = skipped
@@ -399,50 +366,3 @@ def _check_and_box(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, An
         for key, (_, name, param) in zip(keys, params, strict=True):
             state.check_loaded(who, name, param, loaded["state"].get(key) or {})
     return state.box(loaded)
-
-
-def _values(group: dict[str, Any]) -> tuple[Any, ...]:
-    """(lr, beta1, beta2, eps, weight_decay, decoupled, ...): what _check_group looks at and a step needs."""
-    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else (group["betas"],)
-    keys = ("eps", "weight_decay", "decoupled_weight_decay", "maximize", "differentiable", "fused", "foreach")
-    return (group["lr"], *betas, *(group[key] for key in keys))
-
-
-def _lr(group: dict[str, Any]) -> float:
-    """The learning rate on the host; 0 for one that stays on the device, where the kernels will read it."""
-    lr = group["lr"]
-    stays = isinstance(lr, Tensor) and lr.device.type != "cpu" and group["capturable"]
-    return 0.0 if stays else float(lr)
-
-
-def _check_group(who: str, group: dict[str, Any]) -> None:
-    """Raises for hyperparameters that torch would refuse, and for those that would train to NaN."""
-    misplaced = [option.name for option in fields(Options) if option.name in group]
-    if misplaced:
-        raise ValueError(
-            f"{who}: a parameter group has {', '.join(misplaced)}; expected it as an argument of the optimizer, since "
-            "it holds for all groups. Move it there, or make two optimizers."
-        )
-    if group["differentiable"]:
-        raise ValueError(f"{who}: differentiable=True is not supported; expected False. Use torch.optim's for that.")
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError(
-            f"{who}: fused=True and foreach=True; expected at most one. Leave both out: every step is fused."
-        )
-    lr, betas = group["lr"], group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"{who}: betas={betas!r}; expected two numbers in [0, 1), such as (0.9, 0.999).")
-    limits = [("eps", group["eps"], math.inf), ("weight_decay", group["weight_decay"], math.inf)]
-    limits += [(f"betas[{i}]", beta, 1.0) for i, beta in enumerate(betas)]
-    if isinstance(lr, Tensor) and lr.device.type != "cpu" and lr.numel() == 1:
-        pass  # looking at it would wait for the device
-    else:
-        limits.append(("lr", lr, math.inf))
-    for name, value, below in limits:
-        if isinstance(value, Tensor):
-            number = value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
-        else:
-            number = isinstance(value, Real)
-        if not number or not 0.0 <= float(value) < below:
-            wanted = "a finite number, at least 0" if below == math.inf else "a number in [0, 1)"
-            raise ValueError(f"{who}: {name}={value!r}; expected {wanted}, or a tensor of one.")

@@ -49,3 +49,13 @@ def check_grad(who: str, name: str, param: Tensor, grad: Tensor) -> None:
             f"{who}: {name} has shape {tuple(param.shape)} on {mesh} and its gradient {tuple(grad.shape)} on "
             f"{grad.device_mesh}; expected one shape and mesh. Let backward of the model make the gradient."  # type: ignore[attr-defined]
         )
+
+
+def check_norm(who: str, name: str, param: Tensor) -> None:
+    """Refuses parameters that are shards without saying of what: FSDP's first version makes plain tensors of them."""
+    if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+        raise ValueError(
+            f"{who}: {name} is this rank's part of a FullyShardedDataParallel module, so max_grad_norm and nonfinite "
+            "would look at this rank alone; expected whole parameters or DTensors. Use torch's fully_shard, or leave "
+            "these options out and call the module's clip_grad_norm_() before step()."
+        )

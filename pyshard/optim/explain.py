@@ -47,7 +47,7 @@ def explain(optimizer: "Adam") -> str:
                 f"    {len(launch.copied)} of them copied to and fro each step: their elements or their gradients do "
                 "not lie in memory in the order of the moments"
             )
-    norm = options.max_grad_norm is not None or options.nonfinite != "propagate"
+    norm = options.needs_norm()
     lines.append(
         f"  each step: {'a pass over the gradients for their norm, then ' if norm else ''}one pass over everything "
         f"(max_grad_norm={options.max_grad_norm}, nonfinite={options.nonfinite!r})"

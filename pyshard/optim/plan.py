@@ -118,6 +118,8 @@ def _check(
     checks.check_param(who, name, local)
     if param.grad is not None:
         distributed.check_grad(who, name, param, param.grad)
+        if optimizer.options.needs_norm():
+            distributed.check_norm(who, name, param)
         if distributed.same_placements(param, param.grad):
             checks.check_grad(who, name, local, local_tensor(param.grad))
     choice = optimizer.options.master_weights
