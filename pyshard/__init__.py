@@ -12,6 +12,14 @@ if _found < _MINIMUM_TORCH:
         "Upgrade it: pip install 'torch>=2.11'."
     )
 
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"pyshard {__version__}: the compiled module pyshard._C cannot be imported ({error}); expected a built "
+        "package. In a source tree, build it with `make build`."
+    ) from error
+
 from . import kernels  # noqa: E402
 from .optim import Adam, AdamW  # noqa: E402
 

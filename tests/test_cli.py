@@ -1,7 +1,9 @@
 """The command line, run as a user runs it."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +41,14 @@ def test_names_of_the_contract_that_are_not_built_say_so() -> None:
         _ = pyshard.ShardedAdamW
     with pytest.raises(AttributeError, match="has no attribute 'AdamX'"):
         _ = pyshard.AdamX
+
+
+def test_a_tree_that_is_not_built_says_how_to_build_it(tmp_path: Path) -> None:
+    shutil.copytree(Path(pyshard.__file__).parent, tmp_path / "pyshard", ignore=shutil.ignore_patterns("_C*.so"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import pyshard"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "the compiled module pyshard._C cannot be imported" in last
+    assert last.endswith("In a source tree, build it with `make build`.")

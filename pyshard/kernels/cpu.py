@@ -3,19 +3,13 @@
 import torch
 from torch import Tensor
 
+from .. import _C
 from .formats import DTYPE_CODES
-
-try:
-    from .. import _C
-
-    _REASON = None
-except ImportError as error:  # pragma: no cover - depends on the build
-    _REASON = f"the compiled module pyshard._C cannot be imported ({error}); build it with `make build`"
 
 
 def unavailable(device_type: str) -> str | None:
-    """Why the C++ kernels cannot run here."""
-    return _REASON
+    """Never: pyshard does not import without them."""
+    return None
 
 
 def square_sum(grads: list[Tensor]) -> Tensor:

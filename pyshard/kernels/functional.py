@@ -152,6 +152,11 @@ def _checked(
         for key, tensor in named.items():
             if tensor is None:
                 continue
+            if tensor.is_neg():
+                raise ValueError(
+                    f"{_WHO}: {key} {i} is a view that negates what is in memory; expected plain memory. "
+                    "Use .resolve_neg()."
+                )
             if not tensor.is_contiguous() or tensor.device != params[0].device:
                 raise ValueError(
                     f"{_WHO}: {key} {i} has stride {tensor.stride()} on {tensor.device}; expected a contiguous tensor "

@@ -45,7 +45,7 @@ def grad_norm(tensors: Iterable[Tensor], backend: str = "auto") -> tuple[Tensor,
     if not tensors:
         return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.bool)
     dense = [reference.in_memory_order(t.detach().resolve_neg()) for t in tensors]
-    backends = {choose(backend, t.device, t.dtype) for t in dense}
+    backends = {choose(backend, tensors[0].device, dtype) for dtype in {t.dtype for t in dense}}
     chosen = backends.pop() if len(backends) == 1 else BACKENDS["reference"]  # fp64 beside other dtypes
     if chosen.on_device:
         total = device.square_sum(chosen.name, dense)
