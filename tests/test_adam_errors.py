@@ -506,3 +506,29 @@ def test_new_enough_torch(version: str) -> None:
 def test_names_that_are_kept_free() -> None:
     with pytest.raises(AttributeError, match="not built yet"):
         _ = pyshard.ShardedAdamW
+
+
+def test_memory_that_runs_out_while_state_is_made_loses_no_master(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = model(torch.bfloat16, torch.bfloat16)
+    source = pyshard.AdamW(params)
+    source.step()
+    optimizer = pyshard.AdamW(params)
+    optimizer.load_state_dict(source.state_dict())  # holds fp32 masters until the first step
+    before = contents(optimizer)
+    made = torch.zeros_like
+    calls = 0
+
+    def scarce(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    monkeypatch.setattr(torch, "zeros_like", made)
+    optimizer.step()
+    source.step()

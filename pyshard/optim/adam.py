@@ -149,7 +149,11 @@ class Adam(Optimizer):
         if plan is None or not plan.refresh(self):
             before = state.snapshot(self.state)
             self._plan = None
-            plan = self._plan = make_plan(self)
+            try:
+                plan = self._plan = make_plan(self)
+            except BaseException:  # of memory that ran out half-way, too
+                state.restore(self.state, before)
+                raise
         try:
             if all(type(launch) is HostLaunch for launch in plan.launches):
                 self._step_on_host(plan.launches, groups)  # type: ignore[arg-type]
