@@ -43,48 +43,29 @@ py::object local(PyObject* tensor, bool is_dtensor) {
   return shard;
 }
 
-bool refers_to(PyObject* reference, PyObject* object) {
-#if PY_VERSION_HEX >= 0x030D0000
-  PyObject* target = nullptr;
-  if (PyWeakref_GetRef(reference, &target) < 0) throw py::error_already_set();
-  Py_XDECREF(target);
-  return target == object;
-#else
-  return PyWeakref_GetObject(reference) == object;
-#endif
-}
-
-py::object weak_reference(const py::object& tensor) {
-  PyObject* reference = PyWeakref_NewRef(tensor.ptr(), nullptr);
-  if (reference == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(reference);
-}
-
 }  // namespace
 
-AdamTable::Known AdamTable::known(const TensorView& view, bool with_layout) {
-  Known result;
-  result.device_type = view.device_type;
-  result.device_id = view.device_id;
-  result.code = view.code;
-  result.bits = view.bits;
-  result.shape.assign(view.shape, view.shape + view.ndim);
-  if (with_layout) {
-    result.strides.assign(view.strides, view.strides + view.ndim);
-    result.address = view.address();
-  }
-  return result;
+AdamTable::Known AdamTable::known(const TensorView& view, bool with_strides) {
+  Layout layout;
+  layout.shape.assign(view.shape, view.shape + view.ndim);
+  if (with_strides) layout.strides.assign(view.strides, view.strides + view.ndim);
+  auto found = std::find_if(layouts_.begin(), layouts_.end(), [&](const Layout& other) {
+    return other.shape == layout.shape && other.strides == layout.strides;
+  });
+  if (found == layouts_.end()) found = layouts_.insert(found, std::move(layout));
+  return {view.address(), &*found, view.device_type, view.device_id, view.code, view.bits};
 }
 
-// Equal in all but the address. Strides count only if they are known, and only where a step along them is possible.
+// Equal in all but the address. Strides count only where a step along them is possible.
 bool AdamTable::same(const TensorView& view, const Known& known) {
   if (view.device_type != known.device_type || view.device_id != known.device_id) return false;
-  if (view.code != known.code || view.bits != known.bits || view.ndim != static_cast<int32_t>(known.shape.size()))
+  const Layout& layout = *known.layout;
+  if (view.code != known.code || view.bits != known.bits || view.ndim != static_cast<int32_t>(layout.shape.size()))
     return false;
-  const bool strided = !known.strides.empty() && view.numel() > 0;
+  const bool strided = !layout.strides.empty() && view.numel() > 0;
   for (int32_t i = 0; i < view.ndim; ++i) {
-    if (view.shape[i] != known.shape[i]) return false;
-    if (strided && view.shape[i] > 1 && view.strides[i] != known.strides[i]) return false;
+    if (view.shape[i] != layout.shape[i]) return false;
+    if (strided && view.shape[i] > 1 && view.strides[i] != layout.strides[i]) return false;
   }
   return true;
 }
@@ -104,7 +85,7 @@ void AdamTable::add(const py::object& param, const py::dict& state, const py::tu
     const py::object shard = local(tensor.ptr(), is_dtensor && PyObject_HasAttr(tensor.ptr(), names().local));
     const TensorView view = view_of(shard.ptr());
     pointers.back() = view.address();
-    entry.held.push_back({key, weak_reference(tensor), known(view)});
+    entry.held.at(entry.held_count++) = {key, known(view)};
     add_output(view);
   }
   const py::object shard = local(param.ptr(), is_dtensor);
@@ -184,9 +165,10 @@ bool AdamTable::unchanged(const Entry& entry, PyObject* state) const {
   const py::object shard = local(entry.param, entry.is_dtensor);
   const TensorView weight = view_of(shard.ptr());
   if (weight.address() != entry.weight.address || !same(weight, entry.weight)) return false;
-  for (const Held& held : entry.held) {
+  for (size_t i = 0; i < entry.held_count; ++i) {
+    const Held& held = entry.held[i];
     PyObject* value = PyDict_GetItemWithError(state, held.key);  // borrowed
-    if (value == nullptr || !refers_to(held.ref.ptr(), value)) return false;
+    if (value == nullptr) return false;
     const py::object tensor = local(value, entry.is_dtensor && PyObject_HasAttr(value, names().local));
     const TensorView view = view_of(tensor.ptr());
     if (view.address() != held.known.address || !same(view, held.known)) return false;
@@ -202,7 +184,8 @@ bool AdamTable::take_grad(Entry& entry, bool sealed) {
     return false;
   const py::object shard = local(grad.ptr(), entry.is_dtensor);
   const TensorView view = view_of(shard.ptr());
-  if (sealed && overlaps_output(view)) return false;  // before, Python has looked closer
+  // Before the table is sealed, Python has looked closer; a gradient that stays where it was has been looked at.
+  if (sealed && (entry.copied || view.data != entry.row.grad) && overlaps_output(view)) return false;
   if (entry.copied && entry.is_dtensor) return true;  // of any placement; Python brings it into the parameter's
   if (!same(view, entry.grad)) return false;
   if (view.data == nullptr && entry.row.n > 0) return false;

@@ -7,12 +7,13 @@
 // otherwise cost more time in attribute look-ups than in arithmetic (0.3 us a tensor here against several in Python).
 //
 // The table owns no tensor: gradients die when zero_grad() drops them and state when the user moves it away. Parameters
-// are kept by the Launch that has the table; state tensors are known by weak reference.
+// are kept by the Launch that has the table.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <string>
+#include <array>
+#include <deque>
 #include <utility>
 #include <vector>
 
@@ -61,31 +62,35 @@ class AdamTable {
   void count_step();  // the step counts alone
 
  private:
-  // What a tensor must go on being.
+  struct Layout {
+    std::vector<int64_t> shape, strides;  // no strides: any
+  };
+  // What a tensor must go on being. Compact, and with layouts that many tensors share: after a step over more memory
+  // than the caches hold, each line that is touched here has to come from memory.
   struct Known {
-    int32_t device_type = 0, device_id = 0;
-    uint8_t code = 0, bits = 0;
-    std::vector<int64_t> shape, strides;
-    uintptr_t address = 0;
+    uintptr_t address;
+    const Layout* layout;
+    int32_t device_type, device_id;
+    uint8_t code, bits;
   };
   struct Held {
-    PyObject* key;   // interned, never freed
-    py::object ref;  // weak reference to the tensor
+    PyObject* key;  // interned, never freed
     Known known;
   };
   struct Entry {
-    PyObject* param;        // borrowed: the Launch keeps it
-    Py_ssize_t position;    // in the optimizer's state
-    Known weight, grad;     // of a copied entry: not the buffers, but what they are filled from
-    py::object placements;  // of a DTensor's gradient
-    std::vector<Held> held;
+    PyObject* param;      // borrowed: the Launch keeps it
+    Py_ssize_t position;  // in the optimizer's state
     AdamRow row;
     float* step;
     int64_t group;
     bool is_dtensor, copied, active;
+    Known weight, grad;  // of a copied entry: not the buffers, but what they are filled from
+    std::array<Held, 5> held;
+    size_t held_count;
+    py::object placements;  // of a DTensor's gradient
   };
 
-  static Known known(const TensorView& view, bool with_layout = true);
+  Known known(const TensorView& view, bool with_strides = true);
   static bool same(const TensorView& view, const Known& known);
   bool same_groups(const py::list& param_groups) const;
   bool unchanged(const Entry& entry, PyObject* state) const;
@@ -94,6 +99,7 @@ class AdamTable {
   bool overlaps_output(const TensorView& view) const;
   void collect();
 
+  std::deque<Layout> layouts_;  // all different
   std::vector<Entry> entries_;
   std::vector<size_t> by_position_;  // entries in the order of the optimizer's state
   std::vector<PyObject*> idle_;      // borrowed
