@@ -5,8 +5,10 @@ import pytest
 import reference
 import torch
 from reference import Guarded, assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
-from pyshard.kernels import cast, join, split
+from pyshard.kernels import cast, grad_norm, join, split
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -175,3 +177,60 @@ def test_unknown_backend() -> None:
     ):
         with pytest.raises(ValueError, match=r"pyshard: unknown backend 'gpu'; expected one of auto, cpu, cuda"):
             call()
+
+
+def freed(x: torch.Tensor) -> torch.Tensor:
+    """A view whose storage is gone; its address is not zero, but 4 bytes after it."""
+    view = torch.cat([x, x])[1 : 1 + len(x)]
+    view.untyped_storage().resize_(0)
+    return view
+
+
+WITHOUT_MEMORY = {
+    "wrapper": (lambda x: TwoTensor(x, x), r"is a TwoTensor on cpu without memory"),
+    "made up": (lambda x: torch._efficientzerotensor(len(x), dtype=x.dtype), r"is a Tensor on cpu without memory"),
+    "freed": (freed, r"is a Tensor on cpu without memory"),
+    "fake": (lambda x: FakeTensorMode().from_tensor(x), r"came under a FakeTensorMode"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", WITHOUT_MEMORY)
+def test_tensors_without_memory(kind: str, backend: str) -> None:
+    """Their address is 0, or of nothing: a kernel would crash on it."""
+    make, says = WITHOUT_MEMORY[kind]
+    x, high, low = torch.ones(3), HIGH.clone(), LOW.clone()
+    for call, name in (
+        (lambda: cast(make(x), torch.bfloat16, backend=backend), r"cast: x"),
+        (lambda: cast(make(high), torch.float32, backend=backend), r"cast: x"),
+        (lambda: split(make(x), backend=backend), r"split: master"),
+        (lambda: join(make(high), low, backend=backend), r"join: high"),
+        (lambda: join(high, make(low), backend=backend), r"join: low"),
+        (lambda: grad_norm([x, make(x)], backend=backend), r"grad_norm: tensor 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"pyshard\.{name} {says}.*; expected a tensor of values\. Use"):
+            call()
+    assert x.tolist() == [1.0, 1.0, 1.0] and torch.equal(high, HIGH) and torch.equal(low, LOW)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_under_fake_tensor_mode(real: bool) -> None:
+    """Real tensors too: what is allocated for the result would be fake. The operators in torch.ops.pyshard serve."""
+    x, high, low = torch.ones(3), HIGH, LOW
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        if not real:
+            x, high, low = torch.ones(3), torch.ones(3).bfloat16(), torch.ones(3, dtype=torch.int16)
+        for call in (
+            lambda: cast(x, torch.bfloat16),
+            lambda: split(x),
+            lambda: join(high, low),
+            lambda: grad_norm([x]),
+        ):
+            with pytest.raises(ValueError, match=r"came under a FakeTensorMode.*Use torch\.ops\.pyshard"):
+                call()
+        assert torch.ops.pyshard.cast(x, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_inside_vmap() -> None:
+    with pytest.raises(ValueError, match=r"pyshard\.cast: x is a Tensor on cpu without memory"):
+        torch.func.vmap(lambda x: cast(x, torch.bfloat16))(torch.ones(2, 3))

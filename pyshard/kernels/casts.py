@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, reference
 from .registry import choose
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -21,7 +21,7 @@ def cast(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     Returns:
         a new tensor of x's shape and layout.
     Raises:
-        TypeError: a pair of dtypes that is not fp32 and a 16-bit one.
+        TypeError: a pair of dtypes that is not fp32 and a 16-bit one, or a DTensor. ValueError: x has no memory.
         RuntimeError: the backend cannot serve x.
     """
     _check_tensors("cast", x=x)
@@ -30,7 +30,7 @@ def cast(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
             f"pyshard.cast: got {x.dtype} to {dtype}; expected float32 to bfloat16 or float16, or back. "
             "Use x.to(dtype) for other pairs."
         )
-    kernels = _kernels(backend, x)
+    kernels = _kernels("cast", backend, x=x)
     src = _dense(x)
     out = torch.empty_like(src, dtype=dtype)
     if kernels is None:
@@ -50,12 +50,12 @@ def split(master: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     Returns:
         (high, low): bf16 and int16 tensors of the same shape and layout.
     Raises:
-        TypeError: another dtype. RuntimeError: the backend cannot serve it.
+        TypeError: another dtype, or a DTensor. ValueError: it has no memory. RuntimeError: the backend cannot serve it.
     """
     _check_tensors("split", master=master)
     if master.dtype != torch.float32:
         raise TypeError(f"pyshard.split: got {master.dtype}; expected float32. Convert with .float() first.")
-    kernels = _kernels(backend, master)
+    kernels = _kernels("split", backend, master=master)
     src = _dense(master)
     high = torch.empty_like(src, dtype=torch.bfloat16)
     low = torch.empty_like(src, dtype=torch.int16)
@@ -75,7 +75,8 @@ def join(high: Tensor, low: Tensor, backend: str = "auto") -> Tensor:
     Returns:
         fp32 of the same shape and of high's layout.
     Raises:
-        TypeError: other dtypes. ValueError: shapes or devices differ. RuntimeError: the backend cannot serve them.
+        TypeError: other dtypes, or DTensors. ValueError: shapes or devices differ, or one has no memory.
+        RuntimeError: the backend cannot serve them.
     """
     _check_tensors("join", high=high, low=low)
     if high.dtype != torch.bfloat16 or low.dtype != torch.int16:
@@ -85,7 +86,7 @@ def join(high: Tensor, low: Tensor, backend: str = "auto") -> Tensor:
             f"pyshard.join: got {tuple(high.shape)} on {high.device} and {tuple(low.shape)} on {low.device}; "
             "expected one shape and one device. Pass the two halves of one split()."
         )
-    kernels = _kernels(backend, high)
+    kernels = _kernels("join", backend, high=high, low=low)
     upper = _dense(high)
     lower = low if low.stride() == upper.stride() else torch.empty_like(upper, dtype=torch.int16).copy_(low)
     out = torch.empty_like(upper, dtype=torch.float32)
@@ -96,9 +97,12 @@ def join(high: Tensor, low: Tensor, backend: str = "auto") -> Tensor:
     return out
 
 
-def _kernels(backend: str, tensor: Tensor) -> ModuleType | None:
-    """The backend's module, or None for the reference."""
-    chosen = choose(backend, tensor.device, tensor.dtype)
+def _kernels(who: str, backend: str, **tensors: Tensor) -> ModuleType | None:
+    """The backend's module, or None for the reference; it serves the first of the tensors, and all have memory."""
+    first = next(iter(tensors.values()))
+    chosen = choose(backend, first.device, first.dtype)
+    for name, tensor in tensors.items():
+        checks.check_memory(f"pyshard.{who}", name, tensor)
     return None if chosen.name == "reference" else importlib.import_module(chosen.module)
 
 

@@ -10,12 +10,48 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .launch import is_dtensor, local_tensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_memory(who: str, name: str, tensor: Tensor) -> None:
+    """A tensor's values lie at its data_ptr(). Not so for DTensors, other wrappers, fake, meta and freed tensors."""
+    if is_dtensor(tensor):
+        raise TypeError(
+            f"{who}: {name} is a {type(tensor).__name__}; expected a plain tensor. "
+            "Use .to_local() for this rank's part, or .full_tensor() for the whole."
+        )
+    if isinstance(tensor, FakeTensor) or isinstance(torch.empty(0, device="cpu"), FakeTensor):
+        raise ValueError(
+            f"{who}: {name} came under a FakeTensorMode, where tensors have no values; expected a tensor of values. "
+            "Use torch.ops.pyshard.*, which know the shapes of their results."
+        )
+    if tensor.numel() and not _has_memory(tensor):
+        raise ValueError(
+            f"{who}: {name} is a {type(tensor).__name__} on {tensor.device} without memory of its own; expected a "
+            "tensor of values. Use .clone() for one that torch makes up, or the plain tensors of which it is a wrapper."
+        )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    try:  # both: a view into a freed storage has an address all the same
+        return bool(tensor.data_ptr() and tensor.untyped_storage().data_ptr())
+    except RuntimeError:
+        return False
+
+
+def _check_sign(who: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_neg():
+        raise ValueError(
+            f"{who}: {name} is a view that negates what is in memory; expected plain memory. Use .resolve_neg()."
+        )
+
+
 def check_param(who: str, name: str, param: Tensor) -> None:
-    """A parameter's dtype and layout."""
+    """A parameter's dtype, layout and memory."""
     if param.is_complex():
         raise TypeError(
             f"{who}: {name} is complex ({param.dtype}); expected a real floating-point parameter. "
@@ -35,6 +71,13 @@ def check_param(who: str, name: str, param: Tensor) -> None:
             f"{who}: {name} is on the meta device; expected one with memory. Materialize the model first: "
             "model.to_empty(device=...), then initialize it."
         )
+    check_memory(who, name, param)
+    _check_sign(who, name, param)
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{who}: {name} was made under torch.inference_mode() and is updated outside of it; expected a normal "
+            "tensor. Use .clone() outside of inference mode, or torch.no_grad() to make it."
+        )
     if overlaps_itself(param):
         raise ValueError(
             f"{who}: {name} has shape {tuple(param.shape)} and stride {param.stride()}: several of its elements share "
@@ -49,11 +92,8 @@ def check_grad(who: str, name: str, param: Tensor, grad: Tensor) -> None:
             f"{who}: {name} has a sparse gradient (layout {grad.layout}); expected a dense one. "
             "Use sparse=False in the embedding, or torch.optim.SparseAdam for this parameter."
         )
-    if grad.numel() and not grad.data_ptr():
-        raise ValueError(
-            f"{who}: {name} has a gradient without memory (a {type(grad).__name__}); expected a tensor of values. "
-            "Use grad.clone()."
-        )
+    check_memory(who, f"the gradient of {name}", grad)
+    _check_sign(who, f"the gradient of {name}", grad)
     if grad.dtype not in (param.dtype, torch.float32):
         expected = {str(param.dtype).removeprefix("torch."), "float32"}
         raise ValueError(
@@ -96,6 +136,11 @@ def check_state(who: str, name: str, param: Tensor, key: str, value: object, dty
             f"{who}: state {key!r} of {name} is on {value.device} and the parameter on {param.device}; expected one "
             "device. Move the state back before step()."
         )
+    if param.device.type != "meta":
+        local = local_tensor(value)  # as the parameter's, by its placements
+        check_memory(who, f"state {key!r} of {name}", local)
+        if dtype is not None:
+            _check_sign(who, f"state {key!r} of {name}", local)
 
 
 def check_step(who: str, name: str, value: object) -> None:

@@ -1,6 +1,7 @@
 """adam_: one Adam step over lists of tensors, without an optimizer object."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ _FORMATS = {
     (torch.float16, None): Format.FP16_NONE,
 }
 _WHO = "pyshard.adam_"
+_LIMITS = {  # from, below
+    "lr": (0.0, math.inf),
+    "beta1": (0.0, 1.0),
+    "beta2": (0.0, 1.0),
+    "eps": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "step": (1.0, 2.0**53),
+}
 
 
 def adam_(
@@ -28,8 +37,8 @@ def adam_(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     lows: list[Tensor],
-    step: Tensor,
-    lr: Tensor,
+    step: Tensor | float,
+    lr: Tensor | float,
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -49,23 +58,20 @@ def adam_(
         max_exp_avg_sqs: amsgrad's maxima likewise, or an empty list.
         lows: what completes 16-bit parameters to fp32 masters: int16 remainders (split weights) or fp32 masters,
             one for each parameter; or an empty list: no masters.
-        step: 0-d, the count of this step, from 1. lr: 0-d. Both are read on the host.
+        step: the count of this step, from 1. lr: the learning rate. Both numbers, or tensors of one element, which are
+            read on the host.
         decoupled: AdamW's weight decay, else Adam's. grad_scale: factor on the gradients.
     Raises:
         TypeError, ValueError, RuntimeError: before anything is changed.
     """
     rows = _checked(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, lows)
-    hyper = [
-        float(lr),
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        float(step),
-        -1.0 if maximize else 1.0,
-        float(decoupled),
-    ]
-    _check_hyper(hyper, grad_scale)
+    named = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay, "step": step}
+    hyper = _numbers(named)
+    grad_scale = _number("grad_scale", grad_scale)
+    if math.isnan(grad_scale):
+        raise ValueError(f"{_WHO}: grad_scale is NaN; expected a number. Leave the step out instead.")
+    weight_decay = hyper[4]
+    hyper += [-1.0 if maximize else 1.0, 1.0 if decoupled else 0.0]
     if not params:
         return
     names = {choose(backend, p.device, p.dtype).name for p in params}
@@ -80,7 +86,7 @@ def adam_(
         scalars = reference.adam_scalars(hyper, grad_scale)
         for fmt, p, low, g, m, v, vmax in rows:
             reference.adam_(fmt, p.detach(), low, g, m, v, vmax, scalars, coupled)
-        return
+        return  # torch's own operations have told autograd
     table = []
     for fmt, p, low, g, m, v, vmax in rows:
         if fmt is None:
@@ -97,6 +103,8 @@ def adam_(
         from .device import adam_rows
 
         adam_rows(name, params[0].device, table, hyper, grad_scale)
+    # Or a backward of what was computed before would use the new values in silence.
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *lows])
 
 
 _Row = tuple[Format | None, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]
@@ -110,11 +118,15 @@ def _checked(
     max_exp_avg_sqs: list[Tensor],
     lows: list[Tensor],
 ) -> list[_Row]:
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    lists |= {n: x for n, x in (("max_exp_avg_sqs", max_exp_avg_sqs), ("lows", lows)) if x}
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists |= {"max_exp_avg_sqs": max_exp_avg_sqs, "lows": lows}
     for name, tensors in lists.items():
-        if len(tensors) != len(params):
-            raise ValueError(f"{_WHO}: got {len(params)} params and {len(tensors)} {name}; expected as many of each.")
+        _check_list(name, tensors)
+        if len(tensors) != len(params) and (tensors or name not in ("max_exp_avg_sqs", "lows")):
+            raise ValueError(
+                f"{_WHO}: got {len(params)} params and {len(tensors)} {name}; expected as many of each. "
+                "Pass one for each parameter; max_exp_avg_sqs and lows may be empty."
+            )
     rows: list[_Row] = []
     regions: list[checks.Region] = []
     for i, p in enumerate(params):
@@ -152,11 +164,6 @@ def _checked(
         for key, tensor in named.items():
             if tensor is None:
                 continue
-            if tensor.is_neg():
-                raise ValueError(
-                    f"{_WHO}: {key} {i} is a view that negates what is in memory; expected plain memory. "
-                    "Use .resolve_neg()."
-                )
             if not tensor.is_contiguous() or tensor.device != params[0].device:
                 raise ValueError(
                     f"{_WHO}: {key} {i} has stride {tensor.stride()} on {tensor.device}; expected a contiguous tensor "
@@ -168,17 +175,47 @@ def _checked(
     return rows
 
 
-def _check_hyper(hyper: list[float], grad_scale: float) -> None:
-    lr, beta1, beta2, eps, weight_decay, step, *_ = hyper
-    for name, value, low, high in (
-        ("lr", lr, 0.0, math.inf),
-        ("beta1", beta1, 0.0, 1.0),
-        ("beta2", beta2, 0.0, 1.0),
-        ("eps", eps, 0.0, math.inf),
-        ("weight_decay", weight_decay, 0.0, math.inf),
-        ("step", step, 1.0, 2.0**53),
-    ):
+def _check_list(name: str, tensors: object) -> None:
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(
+            f"{_WHO}: {name} is {type(tensors).__name__}; expected a list of tensors. Put one tensor into a list: "
+            "[tensor]; pass [] for none."
+        )
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{_WHO}: item {i} of {name} is {type(tensor).__name__}; expected a tensor. Use torch.as_tensor, or "
+                "leave out parameters that have none."
+            )
+
+
+def _number(name: str, value: object) -> float:
+    """A number, or a real tensor of one element, as a float."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, Tensor) and name in ("lr", "step"):
+        number = value.numel() == 1 and value.layout == torch.strided and not value.is_complex()
+        if number:
+            checks.check_memory(_WHO, name, value)
+    if not number:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        kinds = "a number or a tensor of one" if name in ("lr", "step") else "a number"
+        raise TypeError(f"{_WHO}: {name}={got}; expected {kinds}. Convert it, with float() for example.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _numbers(named: dict[str, object]) -> list[float]:
+    """The hyperparameters, checked, in the order of AdamHyper."""
+    values = []
+    for name, given in named.items():
+        value = _number(name, given)
+        low, high = _LIMITS[name]
         if not low <= value < high:
-            raise ValueError(f"{_WHO}: {name}={value!r}; expected a number in [{low:g}, {high:g}).")
-    if math.isnan(grad_scale):
-        raise ValueError(f"{_WHO}: grad_scale is NaN; expected a number. Skip the step instead.")
+            raise ValueError(
+                f"{_WHO}: {name}={value!r}; expected a number in [{low:g}, {high:g}). Pass one of that range."
+            )
+        values.append(value)
+    if not values[-1].is_integer():
+        raise ValueError(
+            f"{_WHO}: step={values[-1]!r}; expected a whole number. Pass the count of this step: 1 for the first."
+        )
+    return values

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import device, reference
+from . import checks, device, reference
 from .registry import BACKENDS, choose, requested
 
 
@@ -23,7 +23,8 @@ def grad_norm(tensors: Iterable[Tensor], backend: str = "auto") -> tuple[Tensor,
     Returns:
         (norm, nonfinite): 0-d fp64 and 0-d bool tensors on the tensors' device.
     Raises:
-        TypeError: another dtype or a sparse tensor. ValueError: several devices, or an unknown backend.
+        TypeError: another dtype, a sparse tensor or a DTensor. ValueError: several devices, a tensor without memory,
+            or an unknown backend.
         RuntimeError: the backend cannot serve them.
     """
     requested(backend)
@@ -42,6 +43,8 @@ def grad_norm(tensors: Iterable[Tensor], backend: str = "auto") -> tuple[Tensor,
                 f"pyshard.grad_norm: tensor {i} is on {tensor.device} and tensor 0 on {tensors[0].device}; expected "
                 "one device. Call it once a device and combine the squares."
             )
+    for i, tensor in enumerate(tensors):
+        checks.check_memory("pyshard.grad_norm", f"tensor {i}", tensor)
     if not tensors:
         return torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.bool)
     dense = [reference.in_memory_order(t.detach().resolve_neg()) for t in tensors]
