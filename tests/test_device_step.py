@@ -101,6 +101,95 @@ def test_a_nonfinite_gradient_skips_the_step(backend: str, capturable: bool, gen
     assert a.skipped_steps == 1
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_skipped_step_leaves_its_norm(backend: str, capturable: bool, bad: float, gen: torch.Generator) -> None:
+    a, b = _twins(backend, gen, capturable=capturable, nonfinite="skip")
+    for value in (1.0, bad):
+        _give_grads(a, b, gen)
+        for optimizer in (a, b):
+            grad = _all(optimizer)[1].grad
+            assert grad is not None
+            grad[7] = value
+            optimizer.step()
+    assert torch.equal(a.grad_norm.isnan(), b.grad_norm.isnan())
+    assert a.grad_norm.isnan() == (bad != bad)
+    assert a.grad_norm.isinf() == (bad == bad)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_norm_of_no_gradients_is_zero(backend: str, capturable: bool, gen: torch.Generator) -> None:
+    a, b = _twins(backend, gen, capturable=capturable, max_grad_norm=1.0)
+    _give_grads(a, b, gen)
+    a.step()
+    assert a.grad_norm > 0.0
+    before = [p.detach().clone() for p in _all(a)]
+    a.zero_grad()
+    a.step()
+    assert a.grad_norm == 0.0
+    assert all(torch.equal(p, q) for p, q in zip(_all(a), before, strict=True))
+
+
+def test_capturable_cannot_raise(backend: str, gen: torch.Generator) -> None:
+    a, b = _twins(backend, gen, capturable=True, nonfinite="raise")
+    _give_grads(a, b, gen)
+    with pytest.raises(ValueError, match=r"nonfinite='raise' with capturable=True for parameter 0 .* nonfinite='skip'"):
+        a.step()
+    assert not a.state
+    assert all(torch.equal(p, q) for p, q in zip(_all(a), _all(b), strict=True))
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Whether steps believe that a CUDA graph captures them. On the CPU they run all the same; that graphs replay
+    what was captured is in test_gpu_step.py."""
+    now = {"on": False}
+    monkeypatch.setattr("pyshard.kernels.device._capturing", lambda device: now["on"])
+    return now
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_capture_of_a_step_that_counts_on_the_host_is_refused(
+    backend: str, capture: dict[str, bool], clip: bool, gen: torch.Generator
+) -> None:
+    a, b = _twins(backend, gen, max_grad_norm=1.0 if clip else None)
+    for on in (False, True, False):
+        capture["on"] = on
+        _give_grads(a, b, gen)
+        if on:
+            with pytest.raises(RuntimeError, match=r"pyshard\.Adam: a CUDA graph is capturing .* capturable=True"):
+                a.step()
+            continue
+        a.step()
+        b.step()
+        _assert_equal(a, b)
+
+
+def test_eager_steps_and_captures_do_not_share_their_inputs(
+    backend: str, capture: dict[str, bool], gen: torch.Generator
+) -> None:
+    a, b = _twins(backend, gen, capturable=True, max_grad_norm=0.5)
+    held = []
+    for i, on in enumerate((False, True, False, True, False)):
+        capture["on"] = on
+        _give_grads(a, b, gen)
+        if i >= 2:
+            for control in a._controls.values():
+                control[:5] = torch.tensor([3.0, 1e-3, 0.0, 1.0, 1.0])  # as a replay might, unseen
+        if i == 2:
+            a._plan = None  # as after a change of layout: a graph outlives the launches
+        a.step()
+        b.step()
+        _assert_equal(a, b)
+        assert torch.equal(a.grad_norm, b.grad_norm)
+        if on:
+            held = [(t, t.clone()) for t in a._captured if t.dtype == torch.int64]
+        else:
+            assert all(torch.equal(t, before) for t, before in held), "an eager step wrote into a captured table"
+    assert len(held) == 2 * 2
+    assert len({t.data_ptr() for t, _ in held}) == len(held)
+
+
 def test_grad_scaler_s_attributes_stay_on_the_device(backend: str, gen: torch.Generator) -> None:
     a, b = _twins(backend, gen, capturable=True, max_grad_norm=1.0)
     for found in (0.0, 1.0, 0.0):
@@ -119,7 +208,11 @@ def test_grad_scaler_s_attributes_stay_on_the_device(backend: str, gen: torch.Ge
 
 
 class _NoHostReads(TorchDispatchMode):
-    """Fails when a tensor's value is read on the host, which on a GPU would wait for it."""
+    """Fails when a tensor's value is read on the host, which on a GPU would wait for it.
+
+    Copies from ordinary host memory to the device, which would wait too, look on the CPU like any other copy:
+    test_gpu_step.py lets torch look for both on a GPU.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is torch.ops.aten._local_scalar_dense.default:

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 ADAM_BLOCK = 1024  # elements of one block: 128 threads of 4 neighbours twice (CUDA), or 256 of 4 (Triton)
 
 
+_CAPTURE = (
+    "pyshard.{}: a CUDA graph is capturing step(), whose step counts are on the host, where a replay does not count "
+    "them; expected all parameters on CUDA devices, in groups with capturable=True. Set capturable=True and take a "
+    "step before the capture, or leave step() out of the graph. Nothing was changed."
+)
+
+
 class Control(IntEnum):
     """Places in the control tensor, float64 [8]: what decides about a step, on the device."""
 
@@ -41,7 +48,11 @@ class Control(IntEnum):
 
 
 class DeviceLaunch(Launch):
-    """A launch of the CUDA or Triton kernels. `control` is kept by the optimizer, because it counts skipped steps."""
+    """A launch of the CUDA or Triton kernels.
+
+    The optimizer keeps what outlives a launch: `control`, because it counts skipped steps, and `captured`, all memory
+    whose addresses a CUDA graph holds, because a graph may be replayed after the launch has been replaced.
+    """
 
     def __init__(
         self,
@@ -51,36 +62,45 @@ class DeviceLaunch(Launch):
         idle: list[Tensor],
         capturable: bool,
         control: Tensor,
+        captured: list[Tensor],
     ):
         super().__init__(backend, device, entries, idle)
         self.capturable = capturable
         self.control = control
         self.kernels: Any = importlib.import_module(BACKENDS[backend].module)
-        self._host = torch.empty(0, dtype=torch.int64)
+        self.captured = captured
+        self._host = torch.empty(0, dtype=torch.int64)  # what `_device` holds, except for lr that stays on the device
         self._device = torch.empty(0, dtype=torch.int64)
-        self._captured: list[Tensor] = []  # host memory that a CUDA graph copies from at each replay
-        self._inputs: tuple[float, ...] = ()
+        self._now = self._device  # the table of this step
+        self._inputs: dict[Control, float] = {}  # what the control tensor is known to hold
 
     def upload(self, groups: list[list[float]]) -> None:
-        """Brings the table of this step to the device, if it differs from what is there."""
+        """Brings the table of this step to the device, if it differs from what is there.
+
+        A step that a CUDA graph captures gets a table of its own, on the host and on the device: each replay copies
+        the one to the other, and eager steps in between must neither see nor change that.
+        """
         self.table.prepare(groups, self.capturable)
         size = self.table.packed_size()
         host = torch.empty(size, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.table.pack(host.data_ptr(), ADAM_BLOCK, NORM_BLOCK)
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and torch.equal(host, self._host):
+        if _capturing(self.device):
+            self._now = torch.empty(size, dtype=torch.int64, device=self.device)
+            self._now.copy_(host, non_blocking=True)
+            buffers = [buffer for e in self.copied for buffer in (e.param_buffer, e.grad_buffer) if buffer is not None]
+            self.captured += [host, self._now, self.control, *buffers]
             return
-        if self._device.numel() != size:
-            self._device = torch.empty(size, dtype=torch.int64, device=self.device)
-        self._device.copy_(host, non_blocking=True)
-        self._host = host
-        if capturing:
-            self._captured.append(host)
+        if not torch.equal(host, self._host):
+            if self._device.numel() != size:
+                self._device = torch.empty(size, dtype=torch.int64, device=self.device)
+            self._device.copy_(host, non_blocking=True)
+            self._host = host
+        self._now = self._device
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Rows, first Adam blocks, first norm blocks, step addresses, hyperparameters: views of the device's table."""
         n, k = self.table.count(), self.table.hypers_count()
-        rows, adam_first, norm_first, steps, hypers = self._device.split([8 * n, n + 1, n + 1, n, 8 * k])
+        rows, adam_first, norm_first, steps, hypers = self._now.split([8 * n, n + 1, n + 1, n, 8 * k])
         return rows.view(n, 8), adam_first, norm_first, steps, hypers.view(torch.float64).view(k, 8)
 
     def square_sum(self) -> Tensor:
@@ -89,29 +109,38 @@ class DeviceLaunch(Launch):
         blocks = self.table.blocks(NORM_BLOCK)
         return self.over_ranks(_square_sum(self.kernels, rows, norm_first, blocks))
 
-    def set_inputs(self, grad_scale: float | Tensor, max_norm: float, square_sum: Tensor | None, skip: bool) -> None:
-        """Writes what decides about this step into the control tensor."""
-        tensors = isinstance(grad_scale, Tensor)
-        inputs = (1.0 if isinstance(grad_scale, Tensor) else grad_scale, max_norm, 0.0, 0.0, float(skip))
-        if inputs != self._inputs or tensors:
-            self.control[: Control.SKIP].copy_(torch.tensor(inputs, dtype=torch.float64), non_blocking=True)
-            self._inputs = () if tensors else inputs
-        if isinstance(grad_scale, Tensor):
-            self.control[Control.GRAD_SCALE].copy_(grad_scale.double().reciprocal().reshape(()))
-        if square_sum is not None:
-            self.control[Control.SQUARE_SUM].copy_(square_sum)
+    def set_inputs(
+        self,
+        grad_scale: float | Tensor,
+        max_norm: float,
+        square_sum: Tensor | None,
+        found_inf: Tensor | None,
+        skip_nonfinite: bool,
+    ) -> None:
+        """Writes what decides about this step into the control tensor.
 
-    def set_found_inf(self, found_inf: Tensor) -> None:
-        """Leaves this step out if GradScaler's flag is not 0."""
-        self.control[Control.FOUND_INF].copy_(found_inf.reshape(()))
-        self._inputs = ()
+        `grad_scale` as a number is the factor on the gradients; as a tensor it is GradScaler's scale, to be undone.
+        Numbers go as arguments of kernels, since a CUDA graph refuses copies from ordinary host memory, and only if
+        they have changed. Once a graph has captured a step, its replays change them unseen: then always.
+        """
+        inputs: dict[Control, float | Tensor] = {
+            Control.GRAD_SCALE: grad_scale.double().reciprocal() if isinstance(grad_scale, Tensor) else grad_scale,
+            Control.MAX_NORM: max_norm,
+            Control.SQUARE_SUM: 0.0 if square_sum is None else square_sum,
+            Control.FOUND_INF: 0.0 if found_inf is None else found_inf,
+            Control.SKIP_NONFINITE: float(skip_nonfinite),
+        }
+        for place, value in inputs.items():
+            if isinstance(value, Tensor):
+                self._inputs.pop(place, None)
+                self.control[place].copy_(value.reshape(()), non_blocking=True)
+            elif self.captured or self._inputs.get(place) != value:
+                self._inputs[place] = value
+                self.control[place].fill_(value)
 
     def adam(self, group_lr: dict[int, Tensor]) -> None:
         """One step with the scalars computed on the device; `group_lr` are lr tensors that stay there."""
         rows, adam_first, _, steps, hypers = self._parts()
-        n = rows.shape[0]
-        if n == 0:
-            return
         for group, lr in group_lr.items():
             members = [i for i, e in enumerate(self.active()) if e.group == group]
             if members:
@@ -121,9 +150,14 @@ class DeviceLaunch(Launch):
         if not self.capturable:
             self.table.count_step()
         blocks = self.table.blocks(ADAM_BLOCK)
-        if blocks:
+        if blocks:  # without any, prepare() has still written the norm
             kinds = tuple(self.table.kinds())
             self.kernels.adam(rows, adam_first, blocks, scalars, self.control, kinds, self.table.aligned())
+
+
+def _capturing(device: torch.device) -> bool:
+    """True while a CUDA graph records what is launched."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def new_control(device: torch.device) -> Tensor:
@@ -145,6 +179,8 @@ def step_on_device(optimizer: "Adam", launches: list[Launch], groups: list[list[
     found_inf = getattr(optimizer, "found_inf", None)
     scale: float | Tensor = 1.0 if grad_scale is None else grad_scale
     if not capturable:
+        if any(_capturing(launch.device) for launch in devices):
+            raise RuntimeError(_CAPTURE.format(type(optimizer).__name__))
         scale, skip = optimizer._amp_scale()
         found_inf = None
         if skip:
@@ -168,15 +204,13 @@ def step_on_device(optimizer: "Adam", launches: list[Launch], groups: list[list[
             if options.nonfinite == "raise":
                 raise FloatingPointError(optimizer._nonfinite_message(launches))
             if options.nonfinite == "skip":
+                optimizer._grad_norm = total_on_host  # inf or NaN, and so is its root
                 optimizer._skipped += 1
                 return
 
     max_norm = math.inf if options.max_grad_norm is None else options.max_grad_norm
     for launch in devices:
-        part = None if total is None else total.to(launch.device, non_blocking=True)
-        launch.set_inputs(scale, max_norm, part, capturable and options.nonfinite == "skip")
-        if found_inf is not None:
-            launch.set_found_inf(found_inf)
+        launch.set_inputs(scale, max_norm, total, found_inf, capturable and options.nonfinite == "skip")
         launch.adam(_lr_tensors(optimizer, launch))
         launch.scatter()
         if total is not None:
@@ -194,7 +228,8 @@ def _lr_tensors(optimizer: "Adam", launch: DeviceLaunch) -> dict[int, Tensor]:
     """Learning rates that live on the device and are not to be read on the host, by group."""
     if not launch.capturable:
         return {}
-    return {i: g["lr"] for i, g in enumerate(optimizer.param_groups) if isinstance(g["lr"], Tensor)}
+    rates = {i: g["lr"] for i, g in enumerate(optimizer.param_groups)}
+    return {i: lr for i, lr in rates.items() if isinstance(lr, Tensor) and lr.device.type != "cpu"}
 
 
 def _square_sum(kernels: Any, rows: Tensor, first_block: Tensor, blocks: int) -> Tensor:

@@ -110,6 +110,7 @@ class Adam(Optimizer):
         self._grad_norm: float | Tensor | None = None
         self._skipped = 0  # by the host; the controls count those that a device has skipped
         self._controls: dict[tuple[Any, ...], Tensor] = {}
+        self._captured: list[Tensor] = getattr(self, "_captured", [])  # what CUDA graphs have addresses of
 
     # ---- the step ----
 

@@ -103,7 +103,8 @@ def _launch(optimizer: "Adam", key: tuple[Any, ...], entries: list[Entry], idle:
 
         if key not in optimizer._controls:
             optimizer._controls[key] = new_control(device)
-        launch = DeviceLaunch(backend.name, device, entries, idle, capturable, optimizer._controls[key])
+        control, captured = optimizer._controls[key], optimizer._captured
+        launch = DeviceLaunch(backend.name, device, entries, idle, capturable, control, captured)
     else:
         launch = HostLaunch(backend.name, device, entries, idle)
     launch.shards = shards
@@ -131,6 +132,11 @@ def _check(
             "completes bfloat16 only; expected 'auto', 'fp32' or 'none'. Use 'auto' for a model of several dtypes."
         ) from None
     backend = choose(optimizer.options.backend, local.device, param.dtype)
+    if group["capturable"] and optimizer.options.nonfinite == "raise" and backend.on_device:
+        raise ValueError(
+            f"{who}: nonfinite='raise' with capturable=True for {name} on {param.device}; expected one of the two, "
+            "since raising waits for the device, which a capturable step never does. Use nonfinite='skip'."
+        )
     if group["capturable"] and backend.name == "reference" and local.device.type != "cpu":
         raise RuntimeError(
             f"{who}: {name} is {param.dtype} on {param.device}: only the reference backend serves it, which reads the "
