@@ -13,6 +13,7 @@ import pytest
 import torch
 from reference import assert_same_bits
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import pyshard
 
@@ -288,6 +289,13 @@ CASES: dict[str, Case] = {
     "complex gradient": Case(set_grad_data(lambda g: g.to(torch.complex64)), ValueError, ("complex64 gradient",)),
     "int gradient": Case(set_grad_data(lambda g: g.to(torch.int32)), ValueError, ("int32 gradient",)),
     "gradient without memory": Case(set_grad(lambda p: torch._efficientzerotensor(6)), ValueError, ("without memory",)),
+    "wrapper as gradient": Case(
+        set_grad(lambda p: TwoTensor(torch.ones(6), torch.ones(6))), ValueError, ("TwoTensor", "without memory")
+    ),
+    "gradient that negates": Case(
+        set_grad(lambda p: torch._neg_view(torch.ones(6))), ValueError, ("negates", "resolve_neg()"), moments=(False,)
+    ),
+    "param that negates": Case(set_data(torch._neg_view), ValueError, ("negates", "resolve_neg()"), moments=(False,)),
     "short gradient": Case(set_grad_data(lambda g: g[:5]), ValueError, ("(6,)", "(5,)", "zero_grad")),
     "long gradient": Case(set_grad_data(lambda g: torch.zeros(7)), ValueError, ("(6,)", "(7,)")),
     "reshaped gradient": Case(set_grad_data(lambda g: g.view(2, 3)), ValueError, ("(6,)", "(2, 3)")),
@@ -532,3 +540,28 @@ def test_memory_that_runs_out_while_state_is_made_loses_no_master(monkeypatch: p
     monkeypatch.setattr(torch, "zeros_like", made)
     optimizer.step()
     source.step()
+
+
+def test_parameters_of_inference_mode() -> None:
+    """Outside of inference mode torch refuses to change them; inside, a step is as any other."""
+    with torch.inference_mode():
+        param, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        param.grad, other.grad = torch.ones(3), torch.ones(3)
+        pyshard.AdamW([other], lr=0.1, weight_decay=0.0).step()
+        # The first step of Adam is lr against the gradient's sign, but for eps and a rounding.
+        assert (other - 0.9).abs().max() < 1e-6
+    optimizer = pyshard.AdamW([param], lr=0.1)
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step()
+    assert_says(raised.value, "parameter 0", "inference_mode()")
+    assert param.tolist() == [1.0, 1.0, 1.0] and not optimizer.state
+
+
+def test_a_wrapper_as_a_parameter() -> None:
+    inner = torch.ones(3), torch.ones(3)
+    param = nn.Parameter(TwoTensor(*inner))
+    param.grad = TwoTensor(torch.ones(3), torch.ones(3))
+    with pytest.raises(ValueError) as raised:
+        pyshard.AdamW([param]).step()
+    assert_says(raised.value, "parameter 0", "without memory")
+    assert all(x.tolist() == [1.0, 1.0, 1.0] for x in inner)

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 from reference import Guarded, assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from pyshard.kernels import cast, grad_norm, join, split
+from pyshard.kernels import adam_, cast, grad_norm, join, split
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -234,3 +237,27 @@ def test_under_fake_tensor_mode(real: bool) -> None:
 def test_inside_vmap() -> None:
     with pytest.raises(ValueError, match=r"pyshard\.cast: x is a Tensor on cpu without memory"):
         torch.func.vmap(lambda x: cast(x, torch.bfloat16))(torch.ones(2, 3))
+
+
+def test_distributed_tensors() -> None:
+    """A DTensor's values lie in its local tensor; which of the two is meant, the caller says."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x, high, low = (distribute_tensor(t, mesh, [Shard(0)]) for t in (torch.ones(3), HIGH, LOW))
+        adam = [[torch.ones(3)] for _ in range(4)]
+        for call in (
+            lambda: cast(x, torch.bfloat16),
+            lambda: split(x),
+            lambda: join(high, low),
+            lambda: join(HIGH, low),
+            lambda: grad_norm([x]),
+            lambda: adam_([x], *adam[1:], [], [], 1, 0.1),
+            lambda: adam_(adam[0], [x], *adam[2:], [], [], 1, 0.1),
+        ):
+            with pytest.raises(TypeError, match=r"is a DTensor; expected a plain tensor\. Use \.to_local\(\)"):
+                call()
+        assert torch.equal(x.to_local(), torch.ones(3)) and all(torch.equal(t, torch.ones(3)) for (t,) in adam)
+        assert cast(x.to_local(), torch.bfloat16).tolist() == [1.0, 1.0, 1.0]
+    finally:
+        dist.destroy_process_group()

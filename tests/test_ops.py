@@ -1,7 +1,11 @@
 """torch.ops.pyshard.*: opcheck, torch.compile and gradients give what the plain functions give."""
 
+import re
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 import pyshard.kernels as kernels
 
@@ -104,8 +108,6 @@ def test_a_compiled_function_with_the_ops_gives_the_same_bits(gen: torch.Generat
 
 
 def test_fake_tensors_know_shapes_and_dtypes() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         x = torch.empty(4, 6)
         high, low = torch.ops.pyshard.split(x)
@@ -114,6 +116,8 @@ def test_fake_tensors_know_shapes_and_dtypes() -> None:
         norm, nonfinite = torch.ops.pyshard.grad_norm([x])
         assert (norm.dtype, nonfinite.dtype, norm.shape) == (torch.float64, torch.bool, ())
 
+
+FAKE = FakeTensorMode()
 
 BAD = [
     ("as many of each", lambda i: i["grads"].pop()),
@@ -127,16 +131,26 @@ BAD = [
     ),
 ]
 
+for _name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+    BAD += [
+        ("without memory", lambda i, name=_name: i[name].__setitem__(1, TwoTensor(i[name][1], i[name][1]))),
+        ("came under a FakeTensorMode", lambda i, name=_name: i[name].__setitem__(1, FAKE.from_tensor(i[name][1]))),
+        ("negates what is in memory", lambda i, name=_name: i[name].__setitem__(1, torch._neg_view(i[name][1]))),
+        (f"item 1 of {_name} is int; expected a tensor", lambda i, name=_name: i[name].__setitem__(1, 1)),
+        (f"{_name} is Tensor; expected a list", lambda i, name=_name: i.__setitem__(name, torch.ones(3, 7))),
+        (f"{_name} is NoneType; expected a list", lambda i, name=_name: i.__setitem__(name, None)),
+    ]
+
 
 @pytest.mark.parametrize(("message", "spoil"), BAD)
 def test_bad_lists_are_refused_and_nothing_changes(message, spoil, gen: torch.Generator) -> None:  # type: ignore[no-untyped-def]
     inputs = _adam_inputs(torch.float32, None, gen)
     spoil(inputs)
-    before = [t.clone() for tensors in inputs.values() for t in tensors]
-    with pytest.raises((ValueError, TypeError), match=message):
+    plain = [t for x in inputs.values() if isinstance(x, list) for t in x if type(t) is torch.Tensor]
+    before = [t.clone() for t in plain]
+    with pytest.raises((ValueError, TypeError), match=f"^pyshard.adam_: .*{re.escape(message)}"):
         _call(kernels.adam_, inputs, "auto")
-    for a, b in zip(before, (t for tensors in inputs.values() for t in tensors), strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, before, plain))
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", -1.0), ("lr", float("nan")), ("step", 0.0), ("step", 1e300)])
@@ -149,3 +163,61 @@ def test_bad_scalars_are_refused(name: str, value: float, gen: torch.Generator) 
     }
     with pytest.raises(ValueError, match=rf"pyshard.adam_: {name}="):
         kernels.adam_(*inputs.values(), scalars["step"], scalars["lr"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "got"),
+    [
+        *((name, "x", "'x'") for name in ("beta1", "beta2", "eps", "weight_decay", "grad_scale", "lr", "step")),
+        *((name, None, "None") for name in ("beta1", "grad_scale", "lr", "step")),
+        ("beta1", True, "True"),
+        ("beta1", torch.tensor(0.9), "torch.float32 ()"),
+        ("lr", torch.ones(2), "torch.float32 (2,)"),
+        ("step", torch.tensor(1j), "torch.complex64 ()"),
+        ("step", 1.5, "1.5; expected a whole number"),
+        ("step", torch.tensor(2.5), "2.5; expected a whole number"),
+        ("beta2", 1.0, "1.0; expected a number in [0, 1)"),
+        ("eps", float("inf"), "inf; expected a number in [0, inf)"),
+    ],
+)
+def test_what_is_no_number(name: str, value: object, got: str, gen: torch.Generator) -> None:
+    inputs = _adam_inputs(torch.float32, None, gen)
+    before = [t.clone() for t in inputs["params"]]
+    scalars = {"step": 1, "lr": 0.1, name: value}
+    with pytest.raises(
+        (TypeError, ValueError), match=rf"^pyshard\.adam_: {name}={re.escape(got)}.*\. (Convert|Pass)"
+    ) as error:
+        kernels.adam_(*inputs.values(), **scalars)  # type: ignore[arg-type]
+    assert "; expected" in str(error.value)
+    assert all(map(torch.equal, before, inputs["params"]))
+
+
+def test_numbers_do_as_well_as_tensors(gen: torch.Generator) -> None:
+    inputs = _adam_inputs(torch.float32, None, gen)
+    copy = {name: [t.clone() for t in tensors] for name, tensors in inputs.items()}
+    kernels.adam_(*inputs.values(), 3, 0.125)
+    kernels.adam_(*copy.values(), torch.tensor([3]), torch.tensor(0.125))
+    for name in inputs:
+        assert all(map(torch.equal, inputs[name], copy[name])), name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("written", ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "lows"])
+def test_backward_through_what_was_there_before_is_refused(written: str, backend: str, gen: torch.Generator) -> None:
+    inputs = _adam_inputs(torch.bfloat16, torch.float32, gen)
+    x = torch.ones(5, dtype=inputs[written][0].dtype, requires_grad=True)
+    y = (x * inputs[written][0]).sum()
+    _call(kernels.adam_, inputs, backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("call", [kernels.adam_, torch.ops.pyshard.adam_], ids=["function", "operator"])
+def test_backward_through_a_parameter_after_the_step_is_refused(call: object, gen: torch.Generator) -> None:
+    inputs = _adam_inputs(torch.float32, None, gen)
+    param = inputs["params"][0].requires_grad_()
+    y = (param * param).sum()
+    with torch.no_grad():
+        _call(call, inputs, "auto")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

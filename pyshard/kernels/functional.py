@@ -1,6 +1,7 @@
 """adam_: one Adam step over lists of tensors, without an optimizer object."""
 
 import math
+from collections.abc import Mapping
 from numbers import Real
 
 import torch
@@ -203,7 +204,7 @@ def _number(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def _numbers(named: dict[str, object]) -> list[float]:
+def _numbers(named: Mapping[str, object]) -> list[float]:
     """The hyperparameters, checked, in the order of AdamHyper."""
     values = []
     for name, given in named.items():
