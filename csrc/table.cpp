@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <set>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/runtime.h"
 
@@ -21,6 +24,7 @@ struct Names {
   PyObject* local = interned("_local_tensor");
   PyObject* placements = interned("placements");
   PyObject* wait = interned("wait");
+  PyObject* is_neg = interned("is_neg");
   PyObject* params = interned("params");
 };
 
@@ -73,6 +77,17 @@ bool AdamTable::same(const TensorView& view, const Known& known) {
 void AdamTable::add(const py::object& param, const py::dict& state, const py::tuple& keys, int32_t kind,
                     bool grad_is_fp32, int64_t group, bool is_dtensor, const py::object& param_buffer,
                     const py::object& grad_buffer) {
+  if (kind != -1 && (kind < 4 || kind >= kKinds))
+    throw std::invalid_argument("pyshard._C.AdamTable.add: kind " + std::to_string(kind) + " is none of a row");
+  const int32_t format = kind >> 3;  // of fp64, which has kind -1: none with a low
+  const bool needs[] = {true, format >= kBf16Split && format <= kFp16Master, true, true, kind >= 0 && (kind & 1) != 0};
+  if (keys.size() != std::size(needs))
+    throw std::invalid_argument(
+        "pyshard._C.AdamTable.add: expected 5 keys: step, low, exp_avg, exp_avg_sq, max_exp_avg_sq");
+  for (size_t i = 0; i < std::size(needs); ++i)
+    if (needs[i] && keys[i].is_none())
+      throw std::invalid_argument("pyshard._C.AdamTable.add: key " + std::to_string(i) + " of kind " +
+                                  std::to_string(kind) + " is None");
   Entry entry{};
   std::vector<uintptr_t> pointers;  // in the order of keys
   for (const auto& item : keys) {
@@ -85,7 +100,7 @@ void AdamTable::add(const py::object& param, const py::dict& state, const py::tu
     const py::object shard = local(tensor.ptr(), is_dtensor && PyObject_HasAttr(tensor.ptr(), names().local));
     const TensorView view = view_of(shard.ptr());
     pointers.back() = view.address();
-    entry.held.at(entry.held_count++) = {key, known(view)};
+    entry.held.at(entry.held_count++) = {key, tensor.ptr(), known(view)};
     add_output(view);
   }
   const py::object shard = local(param.ptr(), is_dtensor);
@@ -102,9 +117,9 @@ void AdamTable::add(const py::object& param, const py::dict& state, const py::tu
   }
   if (is_dtensor) entry.placements = attribute(param.ptr(), names().placements);
   const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-  entry.row = {entry.copied ? view_of(param_buffer.ptr()).data : weight.data,
+  entry.row = {pointer(entry.copied ? view_of(param_buffer.ptr()).address() : weight.address()),
                pointer(pointers.at(1)),
-               entry.copied ? view_of(grad_buffer.ptr()).data : nullptr,
+               entry.copied ? pointer(view_of(grad_buffer.ptr()).address()) : nullptr,
                static_cast<float*>(pointer(pointers.at(2))),
                static_cast<float*>(pointer(pointers.at(3))),
                static_cast<float*>(pointer(pointers.at(4))),
@@ -131,6 +146,14 @@ bool AdamTable::overlaps_output(const TensorView& view) const {
 
 void AdamTable::seal(const py::list& param_groups, const py::dict& state) {
   std::sort(outputs_.begin(), outputs_.end());
+  std::vector<std::pair<uintptr_t, uintptr_t>> apart;  // interleaved views become one range
+  for (const auto& range : outputs_) {
+    if (!apart.empty() && range.first < apart.back().second)
+      apart.back().second = std::max(apart.back().second, range.second);
+    else
+      apart.push_back(range);
+  }
+  outputs_.swap(apart);
   for (const auto& group : param_groups) {
     groups_.emplace_back();
     for (const auto& param : group[py::reinterpret_borrow<py::object>(names().params)].cast<py::list>())
@@ -168,7 +191,7 @@ bool AdamTable::unchanged(const Entry& entry, PyObject* state) const {
   for (size_t i = 0; i < entry.held_count; ++i) {
     const Held& held = entry.held[i];
     PyObject* value = PyDict_GetItemWithError(state, held.key);  // borrowed
-    if (value == nullptr) return false;
+    if (value == nullptr || value != held.object) return false;  // another tensor: Python looks at it
     const py::object tensor = local(value, entry.is_dtensor && PyObject_HasAttr(value, names().local));
     const TensorView view = view_of(tensor.ptr());
     if (view.address() != held.known.address || !same(view, held.known)) return false;
@@ -184,12 +207,18 @@ bool AdamTable::take_grad(Entry& entry, bool sealed) {
     return false;
   const py::object shard = local(grad.ptr(), entry.is_dtensor);
   const TensorView view = view_of(shard.ptr());
+  const auto address = reinterpret_cast<const void*>(view.address());
+  if (view.code != entry.grad.code || view.bits != entry.grad.bits || (address == nullptr && view.numel() > 0))
+    return false;
   // Before the table is sealed, Python has looked closer; a gradient that stays where it was has been looked at.
-  if (sealed && (entry.copied || view.data != entry.row.grad) && overlaps_output(view)) return false;
+  if (sealed && (entry.copied || address != entry.row.grad)) {
+    if (overlaps_output(view)) return false;
+    // Memory does not show a view that negates; where the gradient is copied, torch sees to it.
+    if (!entry.copied && py::cast<bool>(attribute(shard.ptr(), names().is_neg)())) return false;
+  }
   if (entry.copied && entry.is_dtensor) return true;  // of any placement; Python brings it into the parameter's
   if (!same(view, entry.grad)) return false;
-  if (view.data == nullptr && entry.row.n > 0) return false;
-  if (!entry.copied) entry.row.grad = view.data;
+  if (!entry.copied) entry.row.grad = address;
   return true;
 }
 
@@ -217,6 +246,7 @@ bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
 }
 
 void AdamTable::collect() {
+  hypers_.clear();
   rows_.clear();
   active_.clear();
   for (size_t i = 0; i < entries_.size(); ++i) {
@@ -306,6 +336,9 @@ void AdamTable::count_step() {
 }
 
 void AdamTable::adam(double grad_scale, int threads) {
+  for (const AdamRow& row : rows_)
+    if (row.kind < 0 || row.hyper >= hypers_count())
+      throw std::invalid_argument("pyshard._C.AdamTable.adam: prepare() comes first, and fp64 rows have no kernel");
   std::vector<AdamScalars> scalars;
   for (const AdamHyper& hyper : hypers_) scalars.push_back(adam_scalars(hyper, grad_scale));
   count_step();
