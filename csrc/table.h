@@ -74,7 +74,8 @@ class AdamTable {
     uint8_t code, bits;
   };
   struct Held {
-    PyObject* key;  // interned, never freed
+    PyObject* key;     // interned, never freed
+    PyObject* object;  // the tensor it was, for comparison only: it may be gone
     Known known;
   };
   struct Entry {
