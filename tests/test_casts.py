@@ -8,7 +8,7 @@ import torch.distributed as dist
 from reference import Guarded, assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.two_tensor import TwoTensor
 
 from pyshard.kernels import adam_, cast, grad_norm, join, split
@@ -244,7 +244,7 @@ def test_distributed_tensors() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        x, high, low = (distribute_tensor(t, mesh, [Shard(0)]) for t in (torch.ones(3), HIGH, LOW))
+        x, high, low = (DTensor.from_local(t, mesh, [Shard(0)]) for t in (torch.ones(3), HIGH, LOW))
         adam = [[torch.ones(3)] for _ in range(4)]
         for call in (
             lambda: cast(x, torch.bfloat16),
