@@ -1,11 +1,13 @@
 """The command line, run as a user runs it."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import pyshard
 from pyshard import _C
@@ -45,8 +47,15 @@ def test_names_of_the_contract_that_are_not_built_say_so() -> None:
 
 def test_a_tree_that_is_not_built_says_how_to_build_it(tmp_path: Path) -> None:
     shutil.copytree(Path(pyshard.__file__).parent, tmp_path / "pyshard", ignore=shutil.ignore_patterns("_C*.so"))
+    # Without site, so that no editable install finds the module elsewhere; torch comes by its path.
+    paths = os.pathsep.join([str(tmp_path), str(Path(torch.__file__).parents[1])])
     done = subprocess.run(
-        [sys.executable, "-c", "import pyshard"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [sys.executable, "-S", "-c", "import pyshard"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
