@@ -934,3 +934,13 @@ def test_explain_names_the_paths(seed: int) -> None:
     assert "cpu on cpu: 1 tensors, 5 elements, 54 bytes" in text  # 4+4 moments, 2 remainder, step count of 4 bytes
     assert "reference on cpu: 1 tensors, 2 elements" in text
     assert "1 of them copied to and fro" in text
+
+
+def test_finite_fp64_gradients_whose_squares_overflow_are_not_skipped() -> None:
+    param = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = pyshard.AdamW([param], lr=0.1, weight_decay=0.0, nonfinite="raise")
+    param.grad = torch.full((3,), 1e200, dtype=torch.float64)
+    optimizer.step()
+    # The first step of Adam is lr long in each coordinate, whatever the gradient's size; v overflows, so here it is 0.
+    assert optimizer.state[param]["step"] == 1
+    assert torch.equal(optimizer.state[param]["exp_avg"], torch.full((3,), 1e200 * (1 - 0.9), dtype=torch.float64))

@@ -7,6 +7,8 @@ step on the host; kernels/device.py has the launch that leaves everything on a G
 Neither holds on to gradients or state: what zero_grad() drops or the user moves away is freed at once.
 """
 
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +161,8 @@ class HostLaunch(Launch):
         else:
             grads = [e.grad() for e in self.active()]
             total = float(reference.square_sum([g for g in grads if g is not None]))
+            if not math.isfinite(total) and all(bool(g.isfinite().all()) for g in grads if g is not None):
+                total = sys.float_info.max  # squares of finite fp64 gradients overflow; of other dtypes they cannot
         return float(self.over_ranks(torch.tensor(total, dtype=torch.float64))) if self.shards else total
 
     def adam(self, groups: list[list[float]], grad_scale: float) -> None:
@@ -172,7 +176,8 @@ class HostLaunch(Launch):
                 None if key is None else local_tensor(e.state[key]) for key in e.keys()
             )
             grad = e.grad()
-            assert step is not None and exp_avg is not None and exp_avg_sq is not None and grad is not None
+            if step is None or exp_avg is None or exp_avg_sq is None or grad is None:
+                continue  # never of an active entry
             step.add_(1)
             lr, beta1, beta2, eps, weight_decay, sign, decoupled = groups[e.group]
             hyper = [lr, beta1, beta2, eps, weight_decay, float(step), sign, decoupled]

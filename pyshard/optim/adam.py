@@ -44,7 +44,8 @@ class Adam(Optimizer):
         differentiable: must be False.
         master_weights: how the fp32 master of a 16-bit parameter is kept. "split": bf16 parameter = upper half,
             int16 remainder = lower half, exact, 2 more bytes per element; "fp32": a full copy, 4 bytes; "none";
-            "auto": split for bf16, fp32 for fp16. A weight that is written between steps becomes the master.
+            "auto": split for bf16, fp32 for fp16. A weight that is written between steps becomes the master
+            (under split it keeps its old lower half, which is less than half a step of bf16).
         moments: "fp32".
         nonfinite: when a gradient holds inf or NaN: "propagate" (as torch), "skip" the whole step, or "raise"
             FloatingPointError; the last two change nothing.

@@ -77,6 +77,12 @@ def make_plan(optimizer: "Adam") -> Plan:
             states.check(who, name, param, state.get(param) or {}, fmt)
             found.append(_Found(name, param, group_index, fmt, backend))
     checks.check_overlap(who, _regions(found, state))
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if any(not state.get(item.param) for item in found):
+            raise RuntimeError(
+                f"{who}: the first step is inside a CUDA graph's capture; expected the state to exist, since each "
+                "replay would make it anew. Take one step before the capture."
+            )
 
     by_launch: dict[tuple[Any, ...], list[Entry]] = {}
     for item in found:
