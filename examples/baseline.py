@@ -28,6 +28,8 @@ class TorchAdamW(torch.optim.AdamW):
         super().step(closure)
         for master, weight in zip(self.masters, self.weights, strict=True):
             weight.copy_(master)
+            if master is not weight:
+                master.grad = None  # the fp32 copy of a 16-bit gradient is needed only here
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

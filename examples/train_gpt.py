@@ -70,7 +70,7 @@ def main() -> None:
     options = parse()
     runs = [Run("pyshard", "pyshard.AdamW", AdamW)]
     if not options.no_compare:
-        runs.append(Run("torch", "torch.optim.AdamW", TorchAdamW))
+        runs.append(Run("torch", "torch.optim.AdamW", TorchAdamW))  # in bf16 with fp32 masters: baseline.py
 
     tokens = BATCH * MODEL["context"]
     with tqdm(total=options.stop_at, initial=options.start, unit="step") as bar:
