@@ -1,6 +1,6 @@
 """Trains a small GPT on real text with pyshard.AdamW, and beside it, step by step, with torch.optim.AdamW.
 
-    python examples/train_gpt.py            # about two minutes on two cores; --help lists the flags
+    python examples/train_gpt.py            # one to two minutes on two cores; --help lists the flags
 
 The loop in `train` is an ordinary torch loop, and the import of AdamW is all that pyshard changes in it.
 Clipping and the fp32 precision behind 16-bit weights happen in step(); baseline.py does both with torch alone.
