@@ -16,6 +16,8 @@
 namespace pyshard {
 namespace {
 
+constexpr std::ptrdiff_t kAhead = 8;  // entries between asking for their memory and looking at it
+
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
 // Names of the attributes that are read, made once.
@@ -49,7 +51,7 @@ py::object local(PyObject* tensor, bool is_dtensor) {
 
 }  // namespace
 
-AdamTable::Known AdamTable::known(const TensorView& view, bool with_strides) {
+AdamTable::Known AdamTable::known(const TensorView& view, PyObject* tensor, bool with_strides) {
   Layout layout;
   layout.shape.assign(view.shape, view.shape + view.ndim);
   if (with_strides) layout.strides.assign(view.strides, view.strides + view.ndim);
@@ -57,7 +59,7 @@ AdamTable::Known AdamTable::known(const TensorView& view, bool with_strides) {
     return other.shape == layout.shape && other.strides == layout.strides;
   });
   if (found == layouts_.end()) found = layouts_.insert(found, std::move(layout));
-  return {view.address(), &*found, view.device_type, view.device_id, view.code, view.bits};
+  return {view.address(), &*found, view.device_type, view.device_id, view.code, view.bits, tensor, view.shape};
 }
 
 // Equal in all but the address. Strides count only where a step along them is possible.
@@ -100,17 +102,17 @@ void AdamTable::add(const py::object& param, const py::dict& state, const py::tu
     const py::object shard = local(tensor.ptr(), is_dtensor && PyObject_HasAttr(tensor.ptr(), names().local));
     const TensorView view = view_of(shard.ptr());
     pointers.back() = view.address();
-    entry.held.at(entry.held_count++) = {key, tensor.ptr(), known(view)};
+    entry.held.at(entry.held_count++) = {key, tensor.ptr(), known(view, tensor.ptr())};
     add_output(view);
   }
   const py::object shard = local(param.ptr(), is_dtensor);
   const TensorView weight = view_of(shard.ptr());
   add_output(weight);
   entry.param = param.ptr();
-  entry.weight = known(weight);
+  entry.weight = known(weight, shard.ptr());
   entry.copied = !param_buffer.is_none();
   if (entry.copied) {
-    entry.grad = known(view_of(grad_buffer.ptr()), false);
+    entry.grad = known(view_of(grad_buffer.ptr()), grad_buffer.ptr(), false);
   } else {
     entry.grad = entry.weight;
     if (grad_is_fp32) entry.grad.bits = 32, entry.grad.code = 2;  // kDLFloat
@@ -219,7 +221,21 @@ bool AdamTable::take_grad(Entry& entry, bool sealed) {
   if (entry.copied && entry.is_dtensor) return true;  // of any placement; Python brings it into the parameter's
   if (!same(view, entry.grad)) return false;
   if (!entry.copied) entry.row.grad = address;
+  entry.grad.object = shard.ptr();
+  entry.grad.sizes = view.shape;
   return true;
+}
+
+// Asks for the lines of an entry's tensors some entries before they are looked at: a step, or the rest of a training
+// loop, has pushed them out of the caches, and each would be waited for in turn.
+void AdamTable::prefetch(const Entry& entry) {
+  const auto ask = [](const Known& known) {
+    __builtin_prefetch(known.object);
+    for (const int offset : {-64, 0, 64}) __builtin_prefetch(static_cast<const char*>(known.sizes) + offset);
+  };
+  ask(entry.weight);
+  ask(entry.grad);
+  for (size_t i = 0; i < entry.held_count; ++i) ask(entry.held[i].known);
 }
 
 bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
@@ -233,6 +249,7 @@ bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
     for (; next != by_position_.end() && PyDict_Next(state.ptr(), &at, &key, &value); ++position) {
       Entry& entry = entries_[*next];
       if (position < entry.position) continue;
+      if (by_position_.end() - next > kAhead) prefetch(entries_[next[kAhead]]);
       if (key != entry.param || !PyDict_Check(value)) return false;
       if (!unchanged(entry, value) || !take_grad(entry, true)) return false;
       ++next;

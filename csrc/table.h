@@ -72,6 +72,8 @@ class AdamTable {
     const Layout* layout;
     int32_t device_type, device_id;
     uint8_t code, bits;
+    const void* object;  // where the tensor lay, and its sizes: never read, only prefetched
+    const void* sizes;
   };
   struct Held {
     PyObject* key;     // interned, never freed
@@ -91,8 +93,9 @@ class AdamTable {
     py::object placements;  // of a DTensor's gradient
   };
 
-  Known known(const TensorView& view, bool with_strides = true);
+  Known known(const TensorView& view, PyObject* tensor, bool with_strides = true);
   static bool same(const TensorView& view, const Known& known);
+  static void prefetch(const Entry& entry);
   bool same_groups(const py::list& param_groups) const;
   bool unchanged(const Entry& entry, PyObject* state) const;
   bool take_grad(Entry& entry, bool sealed);
