@@ -80,6 +80,15 @@ def distance(a: list[nn.Parameter], exact: list[nn.Parameter]) -> float:
     return float(torch.cat(parts).square().mean().sqrt())
 
 
+def typical_distance(a: list[nn.Parameter], exact: list[nn.Parameter]) -> float:
+    """The same without the hundredth that is farthest off: where a gradient and its decay nearly cancel, and m / sqrt(v)
+    is as large as ever, one rounding decides the step, and a single element would decide the mean.
+    """
+    parts = [(x.detach().double() - y.detach()).flatten() for x, y in zip(a, exact)]
+    errors = torch.cat(parts).abs().sort().values
+    return float(errors[: errors.numel() * 99 // 100].square().mean().sqrt())
+
+
 def options_of(switch: str) -> dict[str, Any]:
     return {"lr": 3e-3, **SWITCHES[switch]}
 
@@ -100,7 +109,7 @@ def test_fp32_is_as_near_to_float64_as_torch(seed: int, name: str, switch: str) 
             params = [nn.Parameter(p.detach().double()) for p in params]
         run(getattr(library, name)(params, **options_of(switch), **extra), grads)
         runs[label] = params
-    errors = {label: distance(params, runs["exact"]) for label, params in runs.items()}
+    errors = {label: typical_distance(params, runs["exact"]) for label, params in runs.items()}
     # Sums of some hundred random roundings: between seeds the two vary by a fifth.
     assert errors["ours"] <= 1.25 * max(errors["for loop"], errors["fused"]) + 1e-9, errors
     moved = distance(make(seed), runs["exact"])
