@@ -81,8 +81,8 @@ def distance(a: list[nn.Parameter], exact: list[nn.Parameter]) -> float:
 
 
 def typical_distance(a: list[nn.Parameter], exact: list[nn.Parameter]) -> float:
-    """The same without the hundredth that is farthest off: where a gradient and its decay nearly cancel, and m / sqrt(v)
-    is as large as ever, one rounding decides the step, and a single element would decide the mean.
+    """The same without the hundredth that is farthest off: where a gradient and its decay nearly cancel, one rounding
+    decides the step, and a single element would decide the mean.
     """
     parts = [(x.detach().double() - y.detach()).flatten() for x, y in zip(a, exact)]
     errors = torch.cat(parts).abs().sort().values
