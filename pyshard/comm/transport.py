@@ -70,6 +70,8 @@ class Arena(ABC):
     A slot goes round: acquire, (the optimizer fills it), send, arrive, (the optimizer reads sources), release.
     """
 
+    slot_bytes: int
+    slots: int
     params: Tensor  # uint8 [param_bytes], the parameters of this rank
     targets: list[Tensor]  # uint8 [param_bytes], the parameters of the other ranks in rank order; [] unless in_place
 

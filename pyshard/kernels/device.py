@@ -10,6 +10,7 @@ The same code drives the Triton kernels in the interpreter and the CUDA bodies o
 
 import importlib
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,15 @@ class DeviceLaunch(Launch):
         rows, _, norm_first, _, _ = self._parts()
         blocks = self.table.blocks(NORM_BLOCK)
         return self.over_ranks(_square_sum(self.kernels, rows, norm_first, blocks))
+
+    def block_sums(self, groups: list[list[float]], sources: Sequence[int] = (0,)) -> Tensor:
+        """Sums of squares of the blocks of the gradients, doubles, in the order of the active rows."""
+        self.upload(groups)
+        rows, _, norm_first, _, _ = self._parts()
+        values = torch.empty(self.table.blocks(NORM_BLOCK), dtype=torch.float64, device=rows.device)
+        if values.numel():
+            self.kernels.square_sum(rows, norm_first, values)
+        return values
 
     def set_inputs(
         self,

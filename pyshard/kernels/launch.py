@@ -9,7 +9,7 @@ Neither holds on to gradients or state: what zero_grad() drops or the user moves
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 from .. import _C
 from . import reference
 from .formats import Format
+
+_NO_SUMS = torch.empty(0, dtype=torch.float64)
 
 
 @dataclass(slots=True)
@@ -165,11 +167,35 @@ class HostLaunch(Launch):
                 total = sys.float_info.max  # squares of finite fp64 gradients overflow; of other dtypes they cannot
         return float(self.over_ranks(torch.tensor(total, dtype=torch.float64))) if self.shards else total
 
-    def adam(self, groups: list[list[float]], grad_scale: float) -> None:
-        """One step: counts it, and updates parameters and moments. `groups` as AdamTable.prepare takes them."""
+    def block_sums(self, groups: list[list[float]], sources: Sequence[int] = (0,)) -> Tensor:
+        """Sums of squares of the blocks of the gradients, doubles, in the order of the active rows.
+
+        `sources`: as in adam().
+        """
+        if self.backend == "cpu":
+            sums = self.table.block_sums(torch.get_num_threads(), list(sources))
+            return torch.frombuffer(bytearray(sums), dtype=torch.float64) if sums else _NO_SUMS
+        grads = [e.grad() for e in self.active()]
+        return torch.cat([_NO_SUMS, *(reference.block_sums(g) for g in grads if g is not None)])
+
+    def adam(
+        self,
+        groups: list[list[float]],
+        grad_scale: float,
+        sources: Sequence[int] = (0,),
+        targets: Sequence[int] = (),
+    ) -> None:
+        """One step: counts it, and updates parameters and moments. `groups` as AdamTable.prepare takes them.
+
+        `sources`: byte distances from each gradient to those that are summed up in its stead, in this order. `targets`:
+        byte distances from each parameter to copies of it, which are written too. Other than default ones: cpu only.
+        """
         if self.backend == "cpu":
             self.table.prepare(groups, False)
-            self.table.adam(grad_scale, torch.get_num_threads())
+            if tuple(sources) == (0,) and not targets:
+                self.table.adam(grad_scale, torch.get_num_threads())
+            else:
+                self.table.adam(grad_scale, torch.get_num_threads(), list(sources), list(targets))
             return
         for e in self.active():
             step, low, exp_avg, exp_avg_sq, max_exp_avg_sq = (

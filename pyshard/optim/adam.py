@@ -302,7 +302,18 @@ class Adam(Optimizer):
             for param in group["params"]:
                 loaded = self.state.get(param)
                 if loaded:
-                    self.state[param] = state.unbox(param, loaded, group["capturable"])
+                    self.state[param] = self._kept_state(param, loaded, group["capturable"])
+
+    # How state is kept in memory and saved; sharded optimizers keep a part of it.
+
+    def _kept_state(self, param: Tensor, loaded: dict[str, Any], capturable: bool) -> dict[str, Any]:
+        return state.unbox(param, loaded, capturable)
+
+    def _saved_state(self, param: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
+        return state.saved(param, kept)
+
+    def _check_loaded(self, who: str, name: str, param: Tensor, loaded: dict[str, Any]) -> None:
+        state.check_loaded(who, name, param, loaded)
 
 
 class AdamW(Adam):
@@ -355,20 +366,20 @@ class AdamW(Adam):
         )
 
 
-def _save_masters(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _save_masters(optimizer: "Adam", state_dict: dict[str, Any]) -> dict[str, Any]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     saved = {
-        key: state.saved(params[key], value) if isinstance(key, int) else value
+        key: optimizer._saved_state(params[key], value) if isinstance(key, int) else value
         for key, value in state_dict["state"].items()
     }
     return {**state_dict, "state": saved}
 
 
-def _check_and_box(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+def _check_and_box(optimizer: "Adam", loaded: dict[str, Any]) -> dict[str, Any]:
     who = f"pyshard.{type(optimizer).__name__}.load_state_dict"
     keys = [key for group in loaded["param_groups"] for key in group["params"]]
     params = list(named_params(optimizer.param_groups))
     if len(keys) == len(params):  # torch says what is wrong otherwise
         for key, (_, name, param) in zip(keys, params, strict=True):
-            state.check_loaded(who, name, param, loaded["state"].get(key) or {})
+            optimizer._check_loaded(who, name, param, loaded["state"].get(key) or {})
     return state.box(loaded)

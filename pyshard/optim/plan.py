@@ -73,7 +73,7 @@ def make_plan(optimizer: "Adam") -> Plan:
         if param.grad is None and not state.get(param):
             idle.append(param)
         else:
-            fmt, backend = _check(optimizer, who, name, param, groups[group_index])
+            fmt, backend = check(optimizer, who, name, param, groups[group_index])
             states.check(who, name, param, state.get(param) or {}, fmt)
             found.append(_Found(name, param, group_index, fmt, backend))
     checks.check_overlap(who, _regions(found, state))
@@ -93,31 +93,31 @@ def make_plan(optimizer: "Adam") -> Plan:
         by_launch.setdefault(key, []).append(entry)
     launches: list[Launch] = []
     for key, entries in by_launch.items():
-        launches.append(_launch(optimizer, key, entries, [] if launches else idle))
+        launches.append(launch(optimizer, key, entries, [] if launches else idle))
     if not launches:
         launches.append(HostLaunch("cpu", torch.device("cpu"), [], idle))
-    for launch in launches:
-        launch.table.seal(groups, state)
+    for each in launches:
+        each.table.seal(groups, state)
     return Plan(launches, [switches(group) for group in groups])
 
 
-def _launch(optimizer: "Adam", key: tuple[Any, ...], entries: list[Entry], idle: list[Tensor]) -> Launch:
+def launch(optimizer: "Adam", key: tuple[Any, ...], entries: list[Entry], idle: list[Tensor]) -> Launch:
     backend, device, capturable, shards = key
-    launch: Launch
+    made: Launch
     if backend.on_device:
         from ..kernels.device import DeviceLaunch, new_control
 
         if key not in optimizer._controls:
             optimizer._controls[key] = new_control(device)
         control, captured = optimizer._controls[key], optimizer._captured
-        launch = DeviceLaunch(backend.name, device, entries, idle, capturable, control, captured)
+        made = DeviceLaunch(backend.name, device, entries, idle, capturable, control, captured)
     else:
-        launch = HostLaunch(backend.name, device, entries, idle)
-    launch.shards = shards
-    return launch
+        made = HostLaunch(backend.name, device, entries, idle)
+    made.shards = shards
+    return made
 
 
-def _check(
+def check(
     optimizer: "Adam", who: str, name: str, param: Tensor, group: dict[str, Any]
 ) -> tuple[Format | None, Backend]:
     """Everything about a parameter and its gradient that does not concern others."""

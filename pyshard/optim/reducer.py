@@ -1,0 +1,197 @@
+"""Gradients to the ranks that own them, while backward runs.
+
+In each *round* every bucket is sent once, in the order of the buckets. A bucket is sent from a gradient hook as soon as
+it and all before it are full; what a backward leaves over (parameters without a gradient on this rank) is sent, with
+zeros, by finish(). A gradient whose bucket has left already in this round waits in .grad for the next round: several
+backwards before a step make several rounds. Hooks never wait for another rank; finish() does, and is called in the
+same order on all ranks.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .shards import Generation, Shard
+
+# Slots of a generation. With three a rank can fill one while another is on its way and a third is summed up.
+SLOTS = 3
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a rank is, for the others to see."""
+
+    rounds: int  # that this rank needs, with the gradients that it holds now
+    present: bytes  # a byte per parameter of the generation: 1 if it has had a gradient since the last step
+
+
+class Reducer:
+    """Sends the buckets of one generation."""
+
+    def __init__(self, generation: Generation, slots: int, eager: bool, keep: bool):
+        self.shards = generation.shards
+        self.params = generation.params
+        self.eager = eager  # sends from hooks; else all is left to finish()
+        self.keep = keep  # leaves .grad as it is (stage 1)
+        self.slots = slots
+        self.sent = 0  # since ever: gives each message its slot
+        self.waiting: deque[tuple[int, int]] = deque()  # (slot, bucket) on their way
+        self.place = {p: (b, i) for b, shard in enumerate(self.shards) for i, p in enumerate(shard.params)}
+        self.seen: set[Tensor] = set()  # parameters that have had a gradient since the last step
+        self._start()
+        self.rounds = 0  # complete since the last step
+
+    def _start(self) -> None:
+        """A new round."""
+        self.order = [i for i, shard in enumerate(self.shards) if shard.expected]
+        self.next = 0  # position in `order`
+        for shard in self.shards:
+            shard.present = [False] * len(shard.params)
+            shard.missing = len(shard.params)
+
+    # ---- called from hooks ----
+
+    def ready(self, param: Tensor) -> None:
+        """The gradient of a parameter is in its .grad."""
+        index, position = self.place[param]
+        shard = self.shards[index]
+        if shard.missing and not shard.present[position]:
+            shard.present[position] = True
+            shard.missing -= 1
+        if self.eager:
+            self._send_full()
+
+    def _send_full(self) -> None:
+        while self.next < len(self.order):
+            shard = self.shards[self.order[self.next]]
+            slot = self.sent % self.slots
+            if shard.missing or not shard.arena.acquire(slot, "", block=False):
+                break
+            self._send(self.order[self.next])
+            self.next += 1
+        if self.next == len(self.order) and all(shard.expected for shard in self.shards):
+            self._close()
+        self._collect(len(self.waiting), block=False)
+
+    # ---- called from step ----
+
+    def progress(self) -> Progress:
+        """What this rank has, and how many rounds bring it to the others."""
+        pending = [param for param in self.params if param.grad is not None]
+        gone = set(self.order[: self.next])
+        late = any(self.place[param][0] in gone for param in pending)
+        self.seen.update(pending)
+        started = self.next > 0 or bool(pending)
+        rounds = self.rounds + started + (late and not self.keep)
+        return Progress(rounds, bytes(param in self.seen for param in self.params))
+
+    def finish(self, rounds: int, present: bytes) -> None:
+        """Brings all ranks to the same number of rounds. `present`: as Progress's, of all ranks together."""
+        active = {param for param, there in zip(self.params, present, strict=True) if there}
+        while self.rounds < rounds:
+            for index in self.order[self.next :]:
+                self._send_waiting(index)
+            self.next = len(self.order)
+            for index, shard in enumerate(self.shards):
+                if not shard.expected and not active.isdisjoint(shard.params):
+                    self._send_waiting(index)
+            self._close()
+        self._collect(len(self.waiting), block=True)
+
+    def reset(self, present: bytes) -> None:
+        """Forgets what the ranks have sent, after a step."""
+        active = {param for param, there in zip(self.params, present, strict=True) if there}
+        for shard in self.shards:
+            shard.expected = not active.isdisjoint(shard.params)
+            shard.rounds = 0
+        self.seen.clear()
+        self.rounds = 0
+        self._start()
+
+    @property
+    def idle(self) -> bool:
+        """True if nothing has been sent since the last step."""
+        return self.rounds == 0 and self.next == 0
+
+    # ---- traffic ----
+
+    def _close(self) -> None:
+        self.rounds += 1
+        self._start()
+        for shard in self.shards:  # gradients that were late are the first of the new round
+            for position, param in enumerate(shard.params):
+                if param.grad is not None and not self.keep:
+                    shard.present[position] = True
+                    shard.missing -= 1
+
+    def _send_waiting(self, index: int) -> None:
+        # A slot comes free when all ranks have read it, this one too; so what lies in it is summed up first.
+        self._collect(len(self.waiting) - self.slots + 1, block=True)
+        self.shards[index].arena.acquire(self.sent % self.slots, f"waiting to send the gradients of bucket {index}")
+        self._send(index)
+
+    def _send(self, index: int) -> None:
+        shard, slot = self.shards[index], self.sent % self.slots
+        self.seen.update(param for param in shard.params if param.grad is not None)
+        shard.fill(slot, self.keep)
+        shard.arena.send(slot, shard.layout.grad_spans(), f"reduce-scatter of bucket {index}")
+        self.sent += 1
+        self.waiting.append((slot, index))
+
+    def _collect(self, count: int, block: bool) -> None:
+        """Sums up the oldest messages: `count` of them, or without `block` those that are here."""
+        for _ in range(count):
+            slot, index = self.waiting[0]
+            shard = self.shards[index]
+            if not shard.arena.arrive(slot, f"reduce-scatter of bucket {index}", block):
+                return
+            shard.reduce(shard.arena.sources(slot))
+            shard.arena.release(slot)
+            self.waiting.popleft()
+
+
+class InPlace:
+    """Stage 1 where all ranks read each other's memory: nothing is sent, gradients stay where the kernels read them.
+
+    One slot holds the gradients of all buckets, and each .grad is a view of it, put there by a hook.
+    """
+
+    def __init__(self, generation: Generation):
+        self.shards = generation.shards
+        self.params = generation.params
+        self.place = {p: (shard, i) for shard in self.shards for i, p in enumerate(shard.params)}
+        self.blank: set[Tensor] = set(self.params)  # whose gradients in the slot are zero
+
+    def ready(self, param: Tensor) -> None:
+        shard, position = self.place[param]
+        view, grad = shard.views(0)[position], param.grad
+        if grad is None:
+            return
+        self.blank.discard(param)
+        if grad.data_ptr() != view.data_ptr():
+            view.copy_(grad.detach())
+            if grad.dtype == view.dtype:
+                param.grad = view
+
+    def progress(self) -> Progress:
+        for param in self.params:
+            if param.grad is not None:
+                self.ready(param)
+            elif param not in self.blank:
+                shard, position = self.place[param]
+                shard.views(0)[position].zero_()
+                self.blank.add(param)
+        present = bytes(param.grad is not None for param in self.params)
+        return Progress(int(any(present)), present)
+
+    def finish(self, rounds: int, present: bytes) -> None:
+        arena, whole = self.shards[0].arena, self.shards[0].arena.slot(0).numel()
+        world = len(self.shards[0].layout.cuts) - 1
+        arena.send(0, [(0, whole)] * world, "reduction of gradients in place")
+        arena.arrive(0, "reduction of gradients in place")
+
+    def reset(self, present: bytes) -> None:
+        self.shards[0].arena.release(0)
+
+    idle = True

@@ -1,0 +1,421 @@
+"""pyshard.ShardedAdamW and ShardedAdam: optimizer state, and at stage 2 gradients, cut over the ranks of a group.
+
+No wrapper around the model: backward, then step(). What a step does, in the same order on all ranks: see
+ShardedAdam._step_on_ranks. Which rank owns what: layout.py; gradients on their way: reducer.py; who carries them:
+pyshard.comm.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from ..comm import PeerError, Transport
+from ..comm.choose import CHOICES, choose, fall_back
+from ..kernels import checks, registry
+from ..kernels.launch import is_dtensor
+from . import agreement, sharded_explain, sharded_state
+from .adam import Adam
+from .forward import Gathering
+from .plan import named_params
+from .reducer import SLOTS, InPlace, Reducer
+from .sharded_step import Kind, block_order, end_of_backward, finish_rounds, hear_all, step_on_ranks
+from .shards import Generation, Shard
+from .witness import Witness
+
+_TIMEOUT = 300.0  # seconds
+# Where ranks read each other's memory a bucket must stay in the caches until it is summed up; a larger one is not
+# faster. TODO measured
+_IN_PLACE_BUCKET_BYTES = 4 << 20
+
+
+class ShardedAdam(Adam):
+    """Adam whose state, and at stage 2 gradients, are cut over the ranks of a process group.
+
+    The formula, the options and their meaning are pyshard.Adam's; the gradient is the mean over ranks, summed in rank
+    order in fp32 (a rank without a gradient for a parameter counts as zero). The bits do not depend on the transport,
+    the stage, bucket_mb, or how the state is cut. Without torch.distributed, or with one rank, this is pyshard.Adam.
+
+    Construction gives all ranks the parameters of the group's first rank, and checks that they agree on model and
+    settings. At the first step the parameters move into one array per device (param.data is replaced).
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad and all that is not named here: as pyshard.Adam.
+        stage: 1 cuts the optimizer's state: .grad stays whole and may be changed until step(). 2 cuts the gradients too:
+            they are sent to their owners while backward runs, .grad is None afterwards, and step() uses them up.
+        process_group: the ranks; None is the default group.
+        transport: "shm" (CPU tensors, one host), "symm_mem" (GPUs with peer access), "collective" (gloo or NCCL, any
+            hosts), or "auto"; explain() says what was chosen and why.
+        bucket_mb: at most so many MB of gradients travel in one message.
+        timeout: seconds (or timedelta) after which a silent rank is an error; 300 by default.
+        reduce_dtype: dtype in which gradients travel, such as torch.bfloat16; by default their own. Sums are in fp32.
+        model: with the collective transport, step() returns while the new parameters are still on their way, and each
+            module's forward waits for its own. Parameters read in any other way need synchronize() first.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: on all ranks, before anything is changed.
+        pyshard.comm.PeerError: another rank is lost or has failed; names it and the operation.
+
+    Source: Rajbhandari et al. 2020 (ZeRO, stages 1 and 2).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        stage: int = 2,
+        process_group: dist.ProcessGroup | None = None,
+        transport: str = "auto",
+        bucket_mb: float = 25,
+        timeout: float | timedelta | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        model: nn.Module | None = None,
+        **adam: Any,
+    ):
+        who = f"pyshard.{type(self).__name__}"
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        _check_arguments(who, stage, transport, bucket_mb, seconds, reduce_dtype)
+        self.stage = stage
+        self.process_group = process_group
+        self.world, self.rank, self.ranks = _ranks(who, process_group)
+        self._asked_for = transport
+        self._bucket_bytes = max(int(bucket_mb * (1 << 20)), 1)
+        self._seconds = _TIMEOUT if seconds is None else float(seconds)
+        self._reduce_dtype = reduce_dtype
+        self._transport: Transport | None = None
+        self._generations: list[Generation] = []
+        self._reducers: list[Reducer | InPlace] = []  # of each generation that has memory
+        self._member: dict[Tensor, int] = {}  # generation of each parameter that is laid out
+        self._index: dict[Tensor, int] = {}  # all parameters, in order
+        self._hooks: dict[Tensor, Any] = {}
+        self._block_orders: dict[frozenset[Tensor], list[Tensor]] = {}
+        self._witness = Witness()
+        self._gathering: Gathering | None = None
+        self._quiet = False  # inside no_sync()
+        self._built = False
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **adam)
+        self._built = True
+        if self.world > 1:
+            self._step_supports_amp_scaling = True  # or GradScaler would leave out step() on some ranks only
+            self._join(0)
+            if model is not None:
+                self._gathering = Gathering(model)
+
+    # ---- parameters ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, on all ranks alike; its parameters get the values of the group's first rank."""
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        if self._built and self.world > 1:
+            try:
+                self._join(before)
+            except BaseException:
+                del self.param_groups[before:]
+                raise
+
+    def _join(self, first: int) -> None:
+        """Takes in the groups from `first` on: checks them, makes their parameters equal, listens to gradients."""
+        who = f"pyshard.{type(self).__name__}"
+        problem = None
+        try:
+            for _, name, param in named_params(self.param_groups):
+                _check_shardable(who, name, param)
+            if any(group["capturable"] for group in self.param_groups):
+                raise ValueError(
+                    f"{who}: capturable=True; expected False, since a step waits for other ranks on the host. "
+                    "Leave the argument out."
+                )
+        except (TypeError, ValueError) as error:
+            problem = error
+        settings = {
+            "options": self.options,
+            "stage": self.stage,
+            "transport": self._asked_for,
+            "bucket_mb": self._bucket_bytes / (1 << 20),
+            "reduce_dtype": str(self._reduce_dtype),
+            "the number of ranks": self.world,
+        }
+        items = agreement.describe(who, settings, self.param_groups)
+        agreement.check(who, self.process_group, self.ranks, items, problem)
+        params = [param for group in self.param_groups[first:] for param in group["params"]]
+        agreement.broadcast(params, self.process_group, self.ranks[0])
+        self._index = {param: i for i, (_, _, param) in enumerate(named_params(self.param_groups))}
+        for param in params:
+            if param.requires_grad:
+                self._listen(param)
+
+    def _listen(self, param: Tensor) -> None:
+        if param in self._hooks or not param.is_leaf:
+            return
+        me = weakref.ref(self)
+
+        def hook(param: Tensor) -> None:
+            optimizer = me()
+            if optimizer is not None and not optimizer._quiet:
+                optimizer._on_grad(param)
+
+        self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
+
+    def _lay_out(self) -> None:
+        """Gives parameters that are trained and have no place yet a generation; needs no other rank."""
+        new = [
+            param
+            for _, _, param in named_params(self.param_groups)
+            if param not in self._member and (param.requires_grad or param.grad is not None or self.state.get(param))
+        ]
+        if not new:
+            return
+        wires = [self._reduce_dtype or getattr(param, "grad_dtype", None) or param.dtype for param in new]
+        in_place = new[0].device.type == "cpu" and self._asked_for in ("auto", "shm")
+        limit = min(self._bucket_bytes, _IN_PLACE_BUCKET_BYTES) if in_place else self._bucket_bytes
+        generation = Generation(new, wires, self.world, self.rank, limit)
+        self._member |= dict.fromkeys(new, len(self._generations))
+        self._generations.append(generation)
+        self._index = {param: i for i, (_, _, param) in enumerate(named_params(self.param_groups))}
+        for param in new:
+            if param.requires_grad:
+                self._listen(param)
+
+    def run_of(self, param: Tensor) -> tuple[int, int]:
+        """Elements [begin, end) of a parameter, in the order of its memory, whose state this rank holds."""
+        if param not in self._member:
+            self._lay_out()
+        if param not in self._member:
+            return 0, 0
+        return self._generations[self._member[param]].runs[param]
+
+    def transport(self) -> Transport:
+        """The transport in use. Chosen at the first backward or step, by all ranks together."""
+        if self._transport is None:
+            who, device = f"pyshard.{type(self).__name__}", next(iter(self._index)).device
+            self._transport = choose(who, self._asked_for, self.process_group, device, self._seconds)
+        return self._transport
+
+    def _set_up(self) -> None:
+        """Memory for generations that have none; all ranks come here together."""
+        self._lay_out()
+        for generation in self._generations[len(self._reducers) :]:
+            transport = self.transport()
+            whole = self.stage == 1 and transport.in_place
+            sizes = [bucket.slot_bytes for bucket in generation.layout]
+            # One slot for the gradients of all buckets, or a few that each hold one bucket at a time.
+            begins = [sum(sizes[:i]) if whole else 0 for i in range(len(sizes))]
+            slot_bytes, slots = (sum(sizes), 1) if whole else (max(sizes), SLOTS)
+            try:
+                arena = transport.arena(generation.layout[-1].end, slot_bytes, slots)
+            except MemoryError as error:
+                if self._asked_for != "auto" or self._reducers or not transport.in_place:
+                    raise
+                transport.close()
+                who, device = f"pyshard.{type(self).__name__}", next(iter(self._index)).device
+                self._transport = fall_back(who, error, self.process_group, device, self._seconds)
+                return self._set_up()
+            generation.shards = [
+                Shard(bucket, generation.params, arena, self.rank, begin)
+                for bucket, begin in zip(generation.layout, begins, strict=True)
+            ]
+            if whole:
+                self._reducers.append(InPlace(generation))
+            else:
+                self._reducers.append(Reducer(generation, SLOTS, eager=self.stage == 2, keep=self.stage == 1))
+
+    # ---- gradients ----
+
+    def _on_grad(self, param: Tensor) -> None:
+        """A backward has added to .grad of a parameter."""
+        if len(self._reducers) < len(self._generations) or param not in self._member:
+            self._set_up()
+        if self._witness.watching and not self._witness.queued:
+            self._witness.queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)  # type: ignore[attr-defined]
+        self._reducers[self._member[param]].ready(param)
+
+    @torch.no_grad()
+    def _end_of_backward(self) -> None:
+        self._witness.queued = False
+        self._hyperparameters()
+        end_of_backward(self, hear_all(self, Kind.BACKWARD))
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside only add to .grad on this rank; the first one after it sends the sum."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    @torch.no_grad()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients. Those of a backward without a step have left .grad at stage 2: all ranks call it then."""
+        if not all(reducer.idle for reducer in self._reducers):
+            self._witness.take_back("")
+            news = hear_all(self, Kind.ZERO_GRAD)
+            finish_rounds(self, news)
+            for reducer, present in zip(self._reducers, news.present, strict=True):
+                reducer.reset(present)
+        super().zero_grad(set_to_none)
+
+    # ---- the step ----
+
+    def _update(self) -> None:
+        if self.world == 1:
+            return super()._update()
+        groups = self._hyperparameters()
+        self._set_up()
+        self.synchronize()
+        problem: Exception | None = None
+        try:
+            who = f"pyshard.{type(self).__name__}"
+            self._witness.take_back(who)
+            for _, name, param in named_params(self.param_groups):
+                if param.grad is not None:
+                    checks.check_grad(who, name, param, param.grad)
+            for generation in self._generations:
+                for shard in generation.shards:
+                    shard.bind()
+        except (TypeError, ValueError, RuntimeError) as error:
+            problem = error
+        try:
+            step_on_ranks(self, groups, problem)
+        except (PeerError, FloatingPointError):
+            raise
+        except BaseException as error:
+            if error is not problem:
+                self.transport().abort(f"{type(error).__name__}: {error}")
+            raise
+
+    def synchronize(self) -> None:
+        """With model=...: waits until the parameters of the last step are here. Needed before they are read otherwise
+        than by the forward of their own modules, or written."""
+        if self._gathering is not None:
+            self._gathering.wait_all()
+
+    def _block_order(self, active: set[Tensor]) -> list[Tensor]:
+        key = frozenset(active)
+        if key not in self._block_orders:
+            self._block_orders = {key: block_order(self, active)}
+        return self._block_orders[key]
+
+    def _backend_of(self, shard: Shard) -> str:
+        return registry.choose(self.options.backend, shard.arena.params.device, shard.layout.dtype).name
+
+    def explain(self) -> str:
+        """Which path each bucket takes, bytes per rank, and why."""
+        return super().explain() if self.world == 1 else sharded_explain.explain(self)
+
+    def close(self) -> None:
+        """Gives back hooks, shared memory and connections. The parameters stay where they are, with their values."""
+        self.synchronize()
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        if self._gathering is not None:
+            self._gathering.close()
+        if self._transport is not None:
+            self._transport.close()
+
+    # ---- torch's protocol ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict with the part of the state that this rank holds, as FlatShards of the whole tensors.
+
+        torch.distributed.checkpoint saves and loads it at any number of ranks. full_state_dict() has whole tensors.
+        """
+        return super().state_dict()
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """torch's state_dict with whole tensors, the same on all ranks, which all call this."""
+        return sharded_state.gathered(self, self.state_dict())
+
+    def _kept_state(self, param: Tensor, loaded: dict[str, Any], capturable: bool) -> dict[str, Any]:
+        if self.world == 1:
+            return super()._kept_state(param, loaded, capturable)
+        return sharded_state.kept(param, loaded, self.run_of(param))
+
+    def _saved_state(self, param: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
+        if self.world == 1:
+            return super()._saved_state(param, kept)
+        return sharded_state.saved(param, kept, self.run_of(param))
+
+    def _check_loaded(self, who: str, name: str, param: Tensor, loaded: dict[str, Any]) -> None:
+        sharded_state.check_loaded(who, name, param, loaded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.world > 1:
+            raise TypeError(
+                f"pyshard.{type(self).__name__} cannot be copied or pickled: it holds a process group and memory that "
+                "ranks share. Save state_dict() with torch.distributed.checkpoint, or full_state_dict()."
+            )
+        return super().__getstate__()
+
+
+class ShardedAdamW(ShardedAdam):
+    __doc__ = (ShardedAdam.__doc__ or "").replace("pyshard.Adam's", "pyshard.AdamW's").replace("Adam whose", "AdamW whose")
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+
+
+def _ranks(who: str, group: dist.ProcessGroup | None) -> tuple[int, int, list[int]]:
+    """Number of ranks, this one's place among them, and the global rank of each."""
+    if not (dist.is_available() and dist.is_initialized()):
+        if group is not None:
+            raise ValueError(f"{who}: process_group is given, but torch.distributed is not initialized.")
+        return 1, 0, [0]
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    if dist.get_rank() not in ranks:
+        raise ValueError(
+            f"{who}: rank {dist.get_rank()} is not in the process group of ranks {ranks}; expected only its members to "
+            "make the optimizer."
+        )
+    return len(ranks), ranks.index(dist.get_rank()), ranks
+
+
+def _check_arguments(
+    who: str, stage: int, transport: str, bucket_mb: float, seconds: object, reduce_dtype: object
+) -> None:
+    if stage not in (1, 2):
+        raise ValueError(f"{who}: stage={stage!r}; expected 1 or 2. To cut the weights too, use torch's fully_shard.")
+    if transport not in CHOICES:
+        raise ValueError(f"{who}: transport={transport!r}; expected one of {', '.join(CHOICES)}.")
+    if not isinstance(bucket_mb, (int, float)) or not 0 < bucket_mb < float("inf"):
+        raise ValueError(f"{who}: bucket_mb={bucket_mb!r}; expected a positive number of MB, such as 25.")
+    if seconds is not None and (not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf")):
+        raise ValueError(f"{who}: timeout={seconds!r}; expected a positive number of seconds, or None for {_TIMEOUT}.")
+    if reduce_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{who}: reduce_dtype={reduce_dtype!r}; expected None, torch.float32, bfloat16 or float16.")
+
+
+def _check_shardable(who: str, name: str, param: Tensor) -> None:
+    if is_dtensor(param):
+        raise TypeError(
+            f"{who}: {name} is a DTensor; expected a whole parameter, the same on all ranks. Use pyshard.AdamW, which "
+            "updates the local shards of DTensors."
+        )
+    if param.dtype == torch.float64:
+        raise TypeError(f"{who}: {name} is float64; expected float32, bfloat16 or float16. Use pyshard.AdamW for it.")
+    checks.check_param(who, name, param)

@@ -1,0 +1,57 @@
+"""State of a sharded optimizer, saved and loaded: each rank keeps a flat run of each tensor.
+
+In memory: plain 1-d tensors of the runs that this rank owns. In a state_dict: FlatShards, which know what whole tensor
+they are a part of.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import casts
+from ..kernels.reference import in_memory_order
+from . import state as states
+from .flat_shard import FlatShard, full, take
+
+if TYPE_CHECKING:
+    from .sharded import ShardedAdam
+
+_PARTS = (*states.MOMENTS, "master")
+
+
+def saved(param: Tensor, kept: dict[str, Any], run: tuple[int, int]) -> dict[str, Any]:
+    """The state as a state_dict holds it: FlatShards in fp32, the remainder joined to a master."""
+    out = {key: value for key, value in kept.items() if key != "remainder"}
+    if "remainder" in kept:
+        out["master"] = casts.join(in_memory_order(param.detach())[run[0] : run[1]], kept["remainder"])
+    return {key: FlatShard(value, param, run[0]) if key in _PARTS else value for key, value in out.items()}
+
+
+def kept(param: Tensor, loaded: dict[str, Any], run: tuple[int, int]) -> dict[str, Any]:
+    """Loaded state as it is kept: this rank's runs, in fp32."""
+    out: dict[str, Any] = {}
+    for key, boxed in loaded.items():
+        value = boxed.value if isinstance(boxed, states.Boxed) else boxed
+        if key == "step" and isinstance(value, (Tensor, int, float)):
+            value = states.step_count(float(value), param, False)
+        elif key in _PARTS and isinstance(boxed, states.Boxed):
+            value = take(value, param, *run, torch.float32)
+        out[key] = value
+    return out
+
+
+def check_loaded(who: str, name: str, param: Tensor, loaded: dict[str, Any]) -> None:
+    """State of a state_dict, against the parameter it is for."""
+    states.check_loaded(who, name, param, loaded)
+
+
+def gathered(optimizer: "ShardedAdam", state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict with whole tensors."""
+
+    def whole(value: Any) -> Any:
+        return full(value, optimizer.process_group) if isinstance(value, FlatShard) else value
+
+    found = state_dict["state"]
+    return {**state_dict, "state": {key: {k: whole(v) for k, v in items.items()} for key, items in found.items()}}
+

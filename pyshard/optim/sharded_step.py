@@ -1,0 +1,306 @@
+"""One step of a sharded optimizer, in the same order on all ranks.
+
+1. The ranks tell each other how far they are (hear_all) and agree on errors, on GradScaler's inf and on which
+   parameters have a gradient anywhere.
+2. What hooks have not sent is sent; each rank sums up the gradients that it owns.
+3. With clipping or nonfinite=...: sums of squares of blocks, exchanged, and added up by every rank in one order.
+4. Each rank updates what it owns, and brings the new parameters to all.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..comm import PeerError
+from ..kernels.launch import HostLaunch
+from ..kernels.norm import grad_norm
+from ..kernels.reference import NORM_BLOCK, clip_coefficient
+from . import agreement, state
+from .reducer import InPlace
+from .sharded_plan import launch_of
+from .shards import Shard
+
+if TYPE_CHECKING:
+    from .sharded import ShardedAdam
+
+_HEADER = struct.Struct("<qqqqdq")  # kind, failed, rounds, found_inf, scale, digest
+_TEXT_BYTES = 4096
+_ALL_GATHER = "all-gather of parameters"
+
+
+class Kind(IntEnum):
+    """What a rank is doing when it asks the others how far they are."""
+
+    STEP = 0
+    BACKWARD = 1  # at its end, while a GradScaler is in use
+    ZERO_GRAD = 2
+
+
+@dataclass(frozen=True)
+class News:
+    """What the ranks know of each other."""
+
+    backward: bool  # a rank is at the end of a backward
+    rounds: int  # that all have to bring to an end
+    present: list[bytes]  # for each generation, a byte per parameter: 1 if any rank has a gradient
+    found_inf: bool
+    scale: float  # GradScaler's factor
+
+
+def hear_all(optimizer: "ShardedAdam", kind: Kind, error: Exception | None = None) -> News:
+    """Tells all ranks how far this one is, and hears it of them.
+
+    Raises:
+        the error itself, if this rank has one; PeerError if another has; ValueError, RuntimeError: on all ranks, if they
+        differ in hyperparameters, in what is trained or in what they are doing.
+    """
+    transport, who = optimizer.transport(), f"pyshard.{type(optimizer).__name__}"
+    progress = [reducer.progress() for reducer in optimizer._reducers]
+    rounds = max((p.rounds for p in progress), default=0)
+    scale, found_inf = optimizer._amp_scale()
+    digest = agreement.digest(optimizer._groups, [optimizer._index[p] for p in optimizer._member])
+    head = _HEADER.pack(kind, error is not None, rounds, found_inf, scale, digest)
+    mine = b"".join(p.present for p in progress)
+    operation = {Kind.STEP: "beginning of step()", Kind.BACKWARD: "end of backward", Kind.ZERO_GRAD: "zero_grad()"}
+    heard = transport.exchange(head + mine.ljust(len(optimizer._index), b"\0"), operation[kind])
+    heads = [_HEADER.unpack_from(one) for one in heard]
+    kinds, failed, all_rounds, infs, scales, digests = zip(*heads, strict=True)
+    if any(failed):
+        texts = transport.exchange(_text(error), operation[kind])
+        if error is not None:
+            raise error
+        rank = failed.index(1)
+        text = texts[rank].rstrip(b"\0").decode(errors="replace")
+        raise PeerError(
+            f"{who}: rank {transport.ranks[rank]} could not take the step, so no rank did: {text}",
+            transport.ranks[rank],
+            operation[kind],
+        )
+    if Kind.ZERO_GRAD in kinds and set(kinds) != {Kind.ZERO_GRAD}:
+        names = ", ".join(f"rank {r}: {operation[Kind(k)]}" for r, k in zip(transport.ranks, kinds, strict=True))
+        raise RuntimeError(f"{who}: ranks are at different places ({names}); expected the same calls on all ranks.")
+    if len(set(digests)) > 1:
+        items = agreement.describe(who, {}, optimizer.param_groups)
+        agreement.check(who, optimizer.process_group, optimizer.ranks, items)
+        raise ValueError(f"{who}: ranks have laid out different parameters; expected the same requires_grad on all.")
+    if len(set(scales)) > 1 and not any(infs):
+        raise ValueError(
+            f"{who}: GradScaler's scale is {1 / scales[0]:g} on rank {transport.ranks[0]} and differs on others; "
+            "expected one scale. Make the GradScaler before the first backward, with the same settings on all ranks."
+        )
+    union = bytes(map(max, *(one[_HEADER.size :] for one in heard))) if len(heard) > 1 else mine
+    present, begin = [], 0
+    for p in progress:
+        present.append(union[begin : begin + len(p.present)])
+        begin += len(p.present)
+    return News(Kind.BACKWARD in kinds, max(all_rounds), present, any(infs), scale)
+
+
+def _text(error: Exception | None) -> bytes:
+    return ("" if error is None else f"{type(error).__name__}: {error}").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+
+
+def finish_rounds(optimizer: "ShardedAdam", news: News) -> None:
+    """Brings the gradients of all ranks to their owners."""
+    for reducer, present in zip(optimizer._reducers, news.present, strict=True):
+        if any(present):
+            reducer.finish(news.rounds, present)
+
+
+def end_of_backward(optimizer: "ShardedAdam", news: News) -> None:
+    """All ranks learn whether the gradients are finite; the witness tells it to a GradScaler."""
+    if optimizer.stage == 2:
+        finish_rounds(optimizer, news)
+        values = [shard.reduced for shard in _shards(optimizer, news)]
+    else:
+        values = [p.grad for p in optimizer._member]
+    _, nonfinite = grad_norm([value for value in values if value is not None])
+    heard = optimizer.transport().exchange(struct.pack("<q", bool(nonfinite)), "end of backward")
+    optimizer._witness.tell(optimizer, finite=not any(struct.unpack("<q", one)[0] for one in heard))
+
+
+def _shards(optimizer: "ShardedAdam", news: News) -> list[Shard]:
+    """Buckets in which any parameter has a gradient."""
+    found = []
+    for generation, present in zip(optimizer._generations, news.present, strict=True):
+        active = {param for param, there in zip(generation.params, present, strict=True) if there}
+        found += [shard for shard in generation.shards if not active.isdisjoint(shard.params)]
+    return found
+
+
+def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], error: Exception | None) -> None:
+    """The step. Parameters and state change in place, or, after an error, not at all."""
+    news = hear_all(optimizer, Kind.STEP, error)
+    while news.backward:  # others have had a backward, and this rank none
+        end_of_backward(optimizer, news)
+        optimizer._witness.take_back("")
+        news = hear_all(optimizer, Kind.STEP)
+    finish_rounds(optimizer, news)
+    optimizer._witness.watching = getattr(optimizer, "grad_scale", None) is not None
+    options = optimizer.options
+    shards = _shards(optimizer, news)
+    active = {
+        param
+        for generation, present in zip(optimizer._generations, news.present, strict=True)
+        for param, there in zip(generation.params, present, strict=True)
+        if there
+    }
+    try:
+        if news.found_inf:
+            optimizer._skipped += 1
+            return
+        before = state.snapshot(optimizer.state)
+        try:
+            launches = [_Launched(optimizer, shard, active) for shard in shards]
+            scale = news.scale / optimizer.world
+            if options.needs_norm() or optimizer._witness.watching:
+                total = _square_sum(optimizer, launches, active)
+                norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
+                finite = math.isfinite(total)
+                if options.nonfinite == "raise" and not finite:
+                    raise FloatingPointError(optimizer._nonfinite_message([each.launch for each in launches]))
+                if options.needs_norm():
+                    optimizer._grad_norm = norm
+                if not finite and (options.nonfinite == "skip" or optimizer._witness.watching):
+                    optimizer._skipped += 1
+                    _undo(optimizer, before)
+                    return
+                if options.max_grad_norm is not None and options.max_grad_norm != math.inf:
+                    scale = scale * clip_coefficient(norm, options.max_grad_norm)
+        except BaseException:
+            _undo(optimizer, before)
+            raise
+        for each in launches:
+            each.adam(groups, scale)
+        _publish(optimizer, shards)
+        torch.autograd.graph.increment_version(list(active))
+    finally:
+        for reducer, present in zip(optimizer._reducers, news.present, strict=True):
+            if any(present):
+                reducer.reset(present)
+
+
+def _undo(optimizer: "ShardedAdam", before: dict[Tensor, tuple[object, dict[str, object]]]) -> None:
+    """Takes back state that was made for a step that did not happen."""
+    made = len(before) != len(optimizer.state)
+    state.restore(optimizer.state, before)
+    if made:
+        for generation in optimizer._generations:
+            for shard in generation.shards:
+                shard.launch = None
+
+
+class _Launched:
+    """The kernels of one bucket, and where they find gradients and put parameters."""
+
+    def __init__(self, optimizer: "ShardedAdam", shard: Shard, active: set[Tensor]):
+        arena = shard.arena
+        in_place = isinstance(optimizer._reducers[optimizer._member[shard.params[0]]], InPlace)
+        sources: list[Tensor] = []
+        if in_place:
+            begin, end = shard.grad_begin, shard.grad_begin + shard.layout.slot_bytes
+            sources = [source[begin:end].view(shard.layout.wire) for source in arena.sources(0)]
+        # One pass, if the kernels take gradients of this dtype from several places.
+        on_cpu = optimizer._backend_of(shard) == "cpu"
+        direct = in_place and on_cpu and shard.layout.wire in (torch.float32, shard.layout.dtype)
+        if in_place and not direct:
+            shard.rounds = 0
+            shard.reduce([source[shard.own[0] : shard.own[1]].view(torch.uint8) for source in sources])
+        if direct:
+            own = sources[optimizer.rank]
+            grads = shard.owned_grads(own, 0)
+            self.sources = [source.data_ptr() - own.data_ptr() for source in sources]
+        else:
+            if shard.reduced is None:
+                raise RuntimeError("pyshard: a bucket's gradients were not reduced before the update")
+            grads = shard.owned_grads(shard.reduced, shard.own[0])
+            self.sources = [0]
+        self.shard = shard
+        self.launch: Any = launch_of(optimizer, shard, active, grads)
+        self.targets = [target.data_ptr() - arena.params.data_ptr() for target in arena.targets] if on_cpu else []
+        self.copies = [] if on_cpu else arena.targets
+        self.span = shard.layout.param_spans()[optimizer.rank]
+
+    def block_sums(self, groups: list[list[float]]) -> Tensor:
+        sums: Tensor = self.launch.block_sums(groups, self.sources)
+        return sums
+
+    def adam(self, groups: list[list[float]], scale: float) -> None:
+        if isinstance(self.launch, HostLaunch):
+            self.launch.adam(groups, scale, self.sources, self.targets)
+        else:
+            self.launch.upload(groups)
+            self.launch.set_inputs(scale, math.inf, None, None, False)
+            self.launch.adam({})
+            self.launch.scatter()
+        begin, end = self.span
+        for target in self.copies:
+            target[begin:end].copy_(self.shard.arena.params[begin:end])
+
+
+def _square_sum(optimizer: "ShardedAdam", launches: list[_Launched], active: set[Tensor]) -> float:
+    """Sum of squares of all gradients in the order of pyshard.AdamW in one process: the same bits for any cut."""
+    order = optimizer._block_order(active)
+    mine = [each.block_sums(optimizer._groups) for each in launches]
+    sums = torch.cat([m.cpu() for m in mine]) if mine else torch.empty(0, dtype=torch.float64)
+    longest = max(len(places) for places in order)
+    payload = sums.numpy().tobytes().ljust(8 * longest, b"\0")
+    heard = optimizer.transport().exchange(payload, "exchange of the gradients' norm")
+    values = torch.empty(sum(len(places) for places in order), dtype=torch.float64)
+    for places, one in zip(order, heard, strict=True):
+        if len(places):
+            values[places] = torch.frombuffer(bytearray(one), dtype=torch.float64)[: len(places)]
+    return float(_C.sum_blocks(values.numpy().tobytes()))
+
+
+def block_order(optimizer: "ShardedAdam", active: set[Tensor]) -> list[Tensor]:
+    """For each rank, where the blocks that it sums up stand among the blocks of all active parameters."""
+    first, total = {}, 0
+    for param in optimizer._index:
+        if param in active:
+            first[param] = total
+            total += -(-param.numel() // NORM_BLOCK)
+    order = []
+    for rank in range(optimizer.world):
+        parts = []
+        for generation in optimizer._generations:
+            for bucket in generation.layout:
+                for place in bucket.places:
+                    param = generation.params[place.index]
+                    if param in active:
+                        a, b = bucket.run(place, rank)
+                        if a < b:
+                            start = first[param] + a // NORM_BLOCK
+                            parts.append(torch.arange(start, start + -(-(b - a) // NORM_BLOCK)))
+        order.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
+    return order
+
+
+def _publish(optimizer: "ShardedAdam", shards: list[Shard]) -> None:
+    """Brings the new parameters to all ranks: those that the next forward needs first come first."""
+    arrivals = [_Arrival(shard) for shard in reversed(shards)]
+    for arrival in arrivals:
+        if optimizer._gathering is None or arrival.shard.arena.targets:
+            arrival()
+        else:
+            optimizer._gathering.add(arrival.shard.params, arrival)
+
+
+class _Arrival:
+    """The new parameters of a bucket on their way; called, it waits for them."""
+
+    def __init__(self, shard: Shard):
+        layout = shard.layout
+        self.shard = shard
+        self.ticket: int | None = shard.arena.publish(layout.begin, layout.end, layout.param_spans(), _ALL_GATHER)
+
+    def __call__(self) -> None:
+        if self.ticket is not None:
+            ticket, self.ticket = self.ticket, None
+            self.shard.arena.published(ticket, _ALL_GATHER)

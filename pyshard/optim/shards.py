@@ -1,0 +1,154 @@
+"""Parameters and their gradients as one rank of a sharded optimizer holds them.
+
+A Generation is the set of parameters that were laid out together, at the first backward or step, and its memory.
+Parameters that come later (add_param_group, unfrozen) form a generation of their own, so the cuts of older ones never
+move. A Shard is one bucket: how its gradients get into a slot, and the kernels' launch over the runs that this rank
+owns.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..comm import Arena
+from ..kernels.formats import DTYPE_CODES
+from .layout import Bucket, Spec, make_layout
+
+
+def carve(memory: Tensor, begin: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """A 1-d tensor over bytes of a flat uint8 tensor.
+
+    On the CPU with a storage of its own, so that torch.save of one parameter does not write all of them.
+    """
+    if numel == 0:
+        return torch.empty(0, dtype=dtype, device=memory.device)
+    if memory.device.type != "cpu":
+        return memory[begin : begin + numel * dtype.itemsize].view(dtype)
+    span = (ctypes.c_char * (numel * dtype.itemsize)).from_address(memory.data_ptr() + begin)
+    span._owner = memory  # type: ignore[attr-defined]  # which torch keeps with the storage
+    return torch.frombuffer(span, dtype=dtype)
+
+
+def like(flat: Tensor, tensor: Tensor) -> Tensor:
+    """A flat array of numel elements seen with the shape of a tensor, in the order of its memory."""
+    dense = torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format)
+    return flat.as_strided(tensor.size(), dense.stride())
+
+
+class Shard:
+    """One bucket on this rank."""
+
+    def __init__(self, layout: Bucket, params: Sequence[Tensor], arena: Arena, rank: int, grad_begin: int):
+        self.layout = layout
+        self.params = [params[place.index] for place in layout.places]
+        self.arena = arena
+        self.grad_begin = grad_begin  # byte in a slot at which its gradients begin
+        self.runs = [layout.run(place, rank) for place in layout.places]
+        self.own = layout.cuts[rank], layout.cuts[rank + 1]
+        self.present = [False] * len(self.params)  # parameters whose gradient is ready for the round
+        self.missing = len(self.params)
+        self.expected = True  # false if no rank had a gradient for it at the last step
+        self.rounds = 0  # sums that `reduced` holds since the last step
+        self.reduced: Tensor | None = None  # fp32 [own elements]
+        self.pieces: list[Tensor] = []  # owned runs of the parameters, 1-d, empty ones too
+        self._views: dict[int, list[Tensor]] = {}  # gradients in each slot, shaped as the parameters
+        # The kernels' launch over the pieces, and what it was made from (sharded_plan.py).
+        self.launch: Any = None
+        self.made_from: Any = None
+        self.groups: list[dict[str, Any]] = []
+        self.states: dict[Tensor, dict[str, Any]] = {}
+
+    # ---- gradients on their way ----
+
+    def views(self, slot: int) -> list[Tensor]:
+        """The gradients of this rank in a slot."""
+        if slot not in self._views:
+            memory, wire = self.arena.slot(slot), self.layout.wire
+            begins = [self.grad_begin + place.offset * wire.itemsize for place in self.layout.places]
+            flats = [carve(memory, b, p.numel, wire) for b, p in zip(begins, self.layout.places, strict=True)]
+            self._views[slot] = [like(flat, param) for flat, param in zip(flats, self.params, strict=True)]
+        return self._views[slot]
+
+    @torch.no_grad()
+    def fill(self, slot: int, keep: bool) -> None:
+        """Puts the gradients into a slot, zeros for parameters that have none. Takes them away unless `keep`."""
+        targets, sources = [], []
+        for param, view in zip(self.params, self.views(slot), strict=True):
+            if param.grad is None:
+                view.zero_()
+            elif param.grad.data_ptr() != view.data_ptr():
+                targets.append(view)
+                sources.append(param.grad)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        if not keep:
+            for param in self.params:
+                param.grad = None
+
+    def reduce(self, sources: Sequence[Tensor]) -> None:
+        """Adds the sum over ranks, in rank order, to what earlier rounds have left."""
+        begin, end = self.own
+        if self.reduced is None:
+            self.reduced = torch.empty(end - begin, dtype=torch.float32, device=self.arena.params.device)
+        typed = [source.view(self.layout.wire) for source in sources]
+        reduce(typed, self.reduced, accumulate=self.rounds > 0)
+        self.rounds += 1
+
+    # ---- parameters ----
+
+    @torch.no_grad()
+    def bind(self) -> bool:
+        """Moves parameters that do not lie in the arena into it; true if there were any."""
+        moved = False
+        size = self.layout.dtype.itemsize
+        for param, place in zip(self.params, self.layout.places, strict=True):
+            begin = self.layout.begin + place.offset * size
+            if param.numel() and param.data_ptr() != self.arena.params.data_ptr() + begin:
+                view = like(carve(self.arena.params, begin, place.numel, self.layout.dtype), param)
+                view.copy_(param.data)
+                param.data = view
+                moved = True
+        if not self.pieces:
+            for (a, b), place in zip(self.runs, self.layout.places, strict=True):
+                begin = self.layout.begin + (place.offset + a) * size
+                self.pieces.append(carve(self.arena.params, begin, b - a, self.layout.dtype))
+        return moved
+
+    def owned_grads(self, flat: Tensor, begin: int) -> list[Tensor]:
+        """The gradient of each owned run, out of a flat array whose first element is element `begin` of the bucket."""
+        firsts = [place.offset + a - begin for (a, _), place in zip(self.runs, self.layout.places, strict=True)]
+        return [flat[f : f + b - a] if a < b else flat[:0] for f, (a, b) in zip(firsts, self.runs, strict=True)]
+
+
+def reduce(sources: Sequence[Tensor], out: Tensor, accumulate: bool) -> None:
+    """out = sources[0] + sources[1] + ... in fp32 and in this order; with accumulate, out = out + that sum."""
+    if out.device.type == "cpu":
+        addresses = [source.data_ptr() for source in sources]
+        code = DTYPE_CODES[sources[0].dtype]
+        _C.cpu_reduce(addresses, code, out.data_ptr(), out.numel(), accumulate, torch.get_num_threads())
+        return
+    total = sources[0].to(torch.float32, copy=True) if accumulate else out.copy_(sources[0])
+    for source in sources[1:]:
+        total.add_(source)
+    if accumulate:
+        out.add_(total)
+
+
+class Generation:
+    """Parameters that were laid out together, and the memory that they and their gradients travel through."""
+
+    def __init__(
+        self, params: Sequence[Tensor], wires: Sequence[torch.dtype], world: int, rank: int, bucket_bytes: int
+    ):
+        self.params = list(params)
+        specs = [Spec(p.numel(), p.dtype, wire) for p, wire in zip(params, wires, strict=True)]
+        self.layout = make_layout(specs, world, bucket_bytes)
+        self.shards: list[Shard] = []  # made with its memory
+        self.runs: dict[Tensor, tuple[int, int]] = {}  # elements of each parameter that this rank owns
+        for bucket in self.layout:
+            for place in bucket.places:
+                self.runs[self.params[place.index]] = bucket.run(place, rank)
