@@ -1,0 +1,261 @@
+"""Files of a checkpoint: checksums, syncing, and the pointer that says which directory is the newest complete one.
+
+    path/latest                          names the newest complete checkpoint; replaced as the last thing of a save
+    path/000007-1f2e3d4c/manifest.json   size and checksums of all other files of the checkpoint
+    path/000007-1f2e3d4c/.metadata, *.distcp, extra.pt
+
+Checksums are CRC-32 of blocks: it finds every changed byte (any burst of up to 32 bits; other damage but for one case
+in 2^32 per block) at 5.0 GB/s of one core here, where blake2b takes in 1.0 and sha256 1.6. Nothing here is secret or
+signed.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+FORMAT = 1
+POINTER = "latest"
+MANIFEST = "manifest.json"
+EXTRA = "extra.pt"
+# Checksums are per block, so that ranks share the work on a large file and need little memory; 4 to 64 MiB are equally
+# fast.
+BLOCK = 16 << 20
+
+Entry = dict[str, Any]  # of a file: "bytes": its size, "crc32": of each of its blocks
+
+
+# ---- small files that vouch for themselves ----
+
+
+def seal(value: Any) -> bytes:
+    """JSON in one line, and its checksum in the next."""
+    body = json.dumps(value, sort_keys=True).encode()
+    return body + f"\ncrc32 {zlib.crc32(body):08x}\n".encode()
+
+
+def unseal(path: Path) -> Any:
+    """What write_sealed has written.
+
+    Raises:
+        RuntimeError: the file is damaged.
+        ValueError: a newer pyshard has written it.
+    """
+    body, _, rest = path.read_bytes().partition(b"\n")
+    if rest != f"crc32 {zlib.crc32(body):08x}\n".encode():
+        raise RuntimeError(f"{path} is damaged: its checksum does not fit its contents")
+    value = json.loads(body)
+    if value["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {value['format']}; this version of pyshard reads formats up to {FORMAT}. Use the "
+            f"version that has made it{', ' + value['pyshard'] if 'pyshard' in value else ''}, or a newer one."
+        )
+    return value
+
+
+def write_sealed(path: Path, value: Any) -> None:
+    """Puts a file in place at once, or not at all; on disk when this returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(seal(value))
+        sync_file(file)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_file(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Makes new, renamed and removed entries of a directory survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems have no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# ---- data, summed up while it is written ----
+
+
+class _Summed(io.RawIOBase):
+    """A file that takes checksums of what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._size = 0
+        self._sums: list[int] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        self._file.write(rest)
+        written = len(rest)
+        while rest:
+            used = self._size % BLOCK
+            if used == 0:
+                self._sums.append(0)
+            now, rest = rest[: BLOCK - used], rest[BLOCK - used :]
+            self._sums[-1] = zlib.crc32(now, self._sums[-1])
+            self._size += len(now)
+        return written
+
+    def entry(self) -> Entry:
+        return {"bytes": self._size, "crc32": [f"{value:08x}" for value in self._sums]}
+
+
+class Folder(FileSystem):
+    """What torch's FileSystemWriter writes through: every file is summed up and on disk when it is closed."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with open(path, "wb") as file:
+            summed = _Summed(file)
+            yield summed
+            sync_file(file)
+        self.entries[Path(path).name] = summed.entry()
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
+
+
+def verify(directory: Path, files: Mapping[str, Entry], rank: int, world: int) -> None:
+    """Checks this rank's share of the blocks of all files.
+
+    Raises:
+        RuntimeError: a file is missing, too short or long, or damaged.
+    """
+    blocks = [(name, index) for name in sorted(files) for index in range(max(len(files[name]["crc32"]), 1))]
+    mine = blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
+    buffer = bytearray(BLOCK)
+    for name in dict.fromkeys(name for name, _ in mine):
+        path, entry = directory / name, files[name]
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != entry["bytes"]:
+                    raise RuntimeError(f"{path} is damaged: it has {size} bytes; expected {entry['bytes']}")
+                for index in (index for other, index in mine if other == name):
+                    begin, end = index * BLOCK, min((index + 1) * BLOCK, size)
+                    if begin < end and _sum(file, begin, memoryview(buffer)[: end - begin]) != entry["crc32"][index]:
+                        raise RuntimeError(
+                            f"{path} is damaged: the checksum of its bytes [{begin}, {end}) does not fit them"
+                        )
+        except FileNotFoundError:
+            raise RuntimeError(f"{path} is missing") from None
+
+
+def _sum(file: io.FileIO, begin: int, buffer: memoryview) -> str:
+    file.seek(begin)
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(buffer[filled:])
+        if not count:
+            raise RuntimeError(f"{file.name!r} became shorter while it was read")
+        filled += count
+    return f"{zlib.crc32(buffer):08x}"
+
+
+# ---- directories ----
+
+_NAME = re.compile(r"(\d{6,})-[0-9a-f]{8}")
+
+
+def number(directory: Path) -> int:
+    """Which save made a directory; 0 if none did."""
+    found = _NAME.fullmatch(directory.name)
+    return int(found[1]) if found else 0
+
+
+def newest(root: Path) -> Path | None:
+    """The directory that the pointer names; None if there is no pointer."""
+    try:
+        pointer = unseal(root / POINTER)
+    except FileNotFoundError:
+        return None
+    return root / str(pointer["directory"])
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """All directories that saves have made, complete or not, the oldest first."""
+    return sorted((path for path in root.iterdir() if number(path)), key=lambda path: (number(path), path.name))
+
+
+def begin(root: Path) -> tuple[Path, Path | None]:
+    """Makes the directory of a new save, and removes those of saves that did not come to their end.
+
+    Returns it and the newest complete one.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    previous = newest(root)
+    last = number(previous) if previous else 0
+    for path in checkpoints(root):
+        if number(path) > last:
+            remove(path)
+    # The rest of the name keeps processes of a save that was thought dead out of this one's directory.
+    directory = root / f"{last + 1:06d}-{uuid.uuid4().hex[:8]}"
+    directory.mkdir()
+    return directory, previous
+
+
+def switch(directory: Path, previous: Path | None) -> None:
+    """Makes a complete directory the newest checkpoint."""
+    root = directory.parent
+    if newest(root) != previous:
+        raise RuntimeError(f"another save has put its checkpoint into {root} meanwhile")
+    sync_directory(root)
+    write_sealed(root / POINTER, {"format": FORMAT, "directory": directory.name})
+
+
+def prune(root: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest complete ones."""
+    complete = [path for path in checkpoints(root) if (path / MANIFEST).exists()]
+    for path in checkpoints(root):
+        if path not in complete[-keep:]:
+            remove(path)
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory; if that is interrupted, what is left of it is not taken for a checkpoint."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory)
+
+
+def others(directory: Path) -> Sequence[Path]:
+    """Complete checkpoints beside a directory, the newest first."""
+    found = [path for path in checkpoints(directory.parent) if path != directory and (path / MANIFEST).exists()]
+    return found[::-1]

@@ -1,0 +1,86 @@
+"""pyshard.load_checkpoint: all checks first, then in place, at any number of ranks."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.optim import Optimizer
+
+from . import files, state
+from .ranks import Ranks
+from .saving import agreed_path
+
+
+def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimizer | None) -> dict[str, Any]:
+    """Loads what save_checkpoint has saved, in place; all ranks of the optimizer's process group call it.
+
+    The number of ranks, the optimizer's class (pyshard.AdamW, ShardedAdamW, torch.optim.AdamW), its cut, the layout of
+    tensors in memory and the kind of master weights may differ from those of the save. State goes into the tensors
+    that are there, or into new ones, one parameter at a time: besides the state, memory is needed for one or two of
+    the pieces in which tensors were saved, and for the fp32 master of one parameter where weights are split.
+
+    Args:
+        path: where save_checkpoint has saved, for the newest checkpoint; or one of the directories there.
+        model, opt: those to load into; None for the optimizer loads the model alone.
+
+    Returns:
+        the extra values that were passed to save_checkpoint; tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint.
+        pyshard.checkpoint.CheckpointError: a file is missing or damaged (every byte is checked); names it.
+        ValueError: the checkpoint is of another model or optimizer, or was made by a newer pyshard.
+        pyshard.comm.PeerError: another rank is lost.
+        All of them on all ranks, and before anything is changed.
+
+    Load only what you trust: torch.distributed.checkpoint keeps a pickle in its files.
+    """
+    ranks = Ranks("pyshard.load_checkpoint", getattr(opt, "process_group", None))
+    ranks.hint = "Nothing was changed."
+    root = agreed_path(ranks, path)
+    directory, manifest, others = ranks.by_first("looking for the checkpoint", lambda: _find(root))
+    if others:
+        ranks.hint += f" Older checkpoints, which can be loaded by their path: {', '.join(map(str, others))}."
+    ranks.each("checking its files", lambda: files.verify(directory, manifest["files"], ranks.rank, ranks.world))
+    ranks.hint = "Nothing was changed."
+
+    def look() -> tuple[state.ModelLoad, state.OptimizerLoad | None, dict[str, Any]]:
+        contents = state.Contents(FileSystemReader(directory))
+        extra = torch.load(directory / files.EXTRA, map_location="cpu", weights_only=True)
+        optimizer = None if opt is None else state.OptimizerLoad(model, opt, contents)
+        return state.ModelLoad(model, contents), optimizer, extra
+
+    of_model, of_optimizer, extra = ranks.each("comparing it with model and optimizer", look)
+    ranks.hint = "Model and optimizer are partly loaded: load a checkpoint before you use them."
+
+    def load() -> str:
+        state.settle(opt)
+        of_model.run()
+        return "" if of_optimizer is None else of_optimizer.run()
+
+    warning = ranks.each("loading", load)
+    if warning:
+        warnings.warn(f"pyshard.load_checkpoint: {warning}", stacklevel=2)
+    return extra
+
+
+def _find(root: Path) -> tuple[Path, dict[str, Any], list[Path]]:
+    """The directory of the checkpoint, its manifest, and the other checkpoints there are."""
+    directory = root
+    if not (root / files.MANIFEST).exists():
+        newest = files.newest(root)
+        if newest is None:
+            raise FileNotFoundError(
+                f"{root} has no complete checkpoint; expected a path where save_checkpoint has saved, with a file "
+                f"{files.POINTER!r}, or one of the directories there."
+            )
+        directory = newest
+    try:
+        manifest = files.unseal(directory / files.MANIFEST)
+    except FileNotFoundError:
+        raise RuntimeError(f"{directory / files.MANIFEST} is missing") from None
+    return directory, manifest, list(files.others(directory))

@@ -1,0 +1,335 @@
+"""Model and optimizer as a checkpoint holds them: names, what is saved, and loading in place.
+
+The keys are those of torch's get_model_state_dict and get_optimizer_state_dict:
+
+    model.<name>    optimizer.state.<name of the parameter>.<item>    optimizer.param_groups.<i>.<hyperparameter>
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, set_model_state_dict
+from torch.optim import Optimizer
+
+from ..kernels.formats import LOW_KEY, format_of
+from ..kernels.launch import local_tensor
+from ..optim import state as states
+from ..optim.adam import Adam
+from ..optim.flat_shard import FlatShard, take
+
+# ---- names ----
+
+
+def names_of(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
+    """The name of each parameter of an optimizer, as torch.distributed.checkpoint names it.
+
+    Raises:
+        ValueError: a parameter is not the model's.
+    """
+    names: dict[Tensor, str] = {param: next(iter(_get_fqns(model, name))) for name, param in model.named_parameters()}
+    for index, param in enumerate(params_of(optimizer)):
+        if param not in names:
+            raise ValueError(
+                f"parameter {index} of the optimizer, of shape {tuple(param.shape)}, is not in the model; expected the "
+                "model whose parameters it trains. Pass that model."
+            )
+    return names
+
+
+def params_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (param for group in optimizer.param_groups for param in group["params"])
+
+
+# ---- what is saved ----
+
+
+def to_save(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    """The state_dict that goes to torch.distributed.checkpoint; its tensors are those that train, or copies."""
+    settle(optimizer)
+    saved: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        names = names_of(model, optimizer)
+        by_index = [names[param] for param in params_of(optimizer)]
+        held = optimizer.state_dict()
+        groups = held["param_groups"]
+        saved["optimizer"] = {
+            "state": {by_index[index]: items for index, items in held["state"].items()},
+            "param_groups": [{**group, "params": [by_index[i] for i in group["params"]]} for group in groups],
+        }
+    return saved
+
+
+def settle(optimizer: Optimizer | None) -> None:
+    """Waits for parameters that are still on their way from other ranks."""
+    synchronize = getattr(optimizer, "synchronize", None)
+    if synchronize is not None:
+        synchronize()
+
+
+# ---- what a checkpoint has ----
+
+
+class Item(NamedTuple):
+    """A value of a checkpoint: its key, and the dtype and shape if it is a tensor."""
+
+    key: str
+    tensor: TensorStorageMetadata | None
+
+
+class Contents:
+    """A directory that torch.distributed.checkpoint has written."""
+
+    def __init__(self, reader: FileSystemReader):
+        self.reader = reader
+        self.metadata: Metadata = reader.read_metadata()
+        self.reader.set_up_storage_reader(self.metadata, True, rank=0, use_collectives=True)
+        self.items: dict[tuple[Any, ...], Item] = {}
+        for key, path in self.metadata.planner_data.items():
+            stored = self.metadata.state_dict_metadata[key]
+            if isinstance(stored, TensorStorageMetadata):
+                covered = sum(chunk.sizes.numel() for chunk in stored.chunks)
+                if covered != stored.size.numel():
+                    raise ValueError(
+                        f"the checkpoint has {covered} of the {stored.size.numel()} elements of {key}. It was made on "
+                        "some of the ranks only: save it anew, on all of them."
+                    )
+            self.items[path] = Item(key, None if isinstance(stored, BytesStorageMetadata) else stored)
+
+    def read(self, values: dict[str, Any]) -> None:
+        """Fills the tensors of `values` in place with the elements that they hold, and replaces all else."""
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(values, self.metadata, False)
+        self.reader.read_data(planner.create_local_plan(), planner).wait()
+
+    def below(self, *path: Any) -> dict[tuple[Any, ...], Item]:
+        """All values whose path begins so, by the rest of it."""
+        return {rest[len(path) :]: item for rest, item in self.items.items() if rest[: len(path)] == path}
+
+
+# ---- loading: the model ----
+
+
+class ModelLoad:
+    """Loads a model in place. All checks are made when this is constructed, and nothing is changed."""
+
+    def __init__(self, model: nn.Module, contents: Contents):
+        self.model, self.contents = model, contents
+        for name, param in (*model.named_parameters(), *model.named_buffers()):
+            if param.device.type == "meta":
+                raise ValueError(
+                    f"{name} of the model is on the meta device; expected one with memory. Materialize the model "
+                    "first: model.to_empty(device=...)."
+                )
+        self.held = get_model_state_dict(model)
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner({"model": dict(self.held)}, contents.metadata)
+        self.wanted: dict[str, Any] = planner.state_dict
+        saved = {item.key: item for item in contents.below("model").values()}
+        _check_names("the model", self.wanted, saved)
+        for key, value in self.wanted.items():
+            stored = saved[key].tensor
+            if (stored is None) == isinstance(value, Tensor):
+                raise ValueError(
+                    f"{key} is {'no' if stored is None else 'a'} tensor in the checkpoint, unlike in the model."
+                )
+            if stored is not None:
+                _check_shape(key, stored, value.shape)
+
+    def run(self) -> None:
+        values = {"model": self.held}
+        planner = DefaultLoadPlanner()
+        planner.set_up_planner(values, self.contents.metadata)
+        self.contents.reader.read_data(planner.create_local_plan(), planner).wait()
+        # The tensors are the model's own already; this is for what else a model saves, and for its hooks.
+        set_model_state_dict(self.model, self.held)
+
+
+def _check_names(what: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    missing, unknown = [k for k in wanted if k not in saved], [k for k in saved if k not in wanted]
+    if missing or unknown:
+        found = [f"no {_some(missing)}"] * bool(missing) + [f"{_some(unknown)}, which {what} does not have"] * bool(
+            unknown
+        )
+        raise ValueError(
+            f"the checkpoint has {' and '.join(found)}; expected the same names. Load it into {what} it is of."
+        )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" (and {len(keys) - 3} more)" if len(keys) > 3 else "")
+
+
+def _check_shape(key: str, stored: TensorStorageMetadata, shape: torch.Size) -> None:
+    if stored.size != shape:
+        raise ValueError(
+            f"{key} has shape {tuple(stored.size)} in the checkpoint; expected {tuple(shape)}. Load it into a model of "
+            "the same shapes."
+        )
+
+
+# ---- loading: the optimizer ----
+
+_PER_ELEMENT = (*states.MOMENTS, "master")
+
+
+class OptimizerLoad:
+    """Loads an optimizer in place, whatever its cut. Checks are made at construction, and nothing is changed."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, contents: Contents):
+        self.optimizer, self.contents = optimizer, contents
+        self.names = names_of(model, optimizer)
+        self.items: dict[str, dict[str, Item]] = {}
+        for path, item in contents.below("optimizer", "state").items():
+            if len(path) != 2:
+                raise ValueError(
+                    f"{item.key} lies deeper than an item of a parameter's state; expected the state of an optimizer "
+                    "whose items are tensors and numbers. Use torch.distributed.checkpoint.load."
+                )
+            self.items.setdefault(path[0], {})[path[1]] = item
+        self.groups = self._read_groups()
+        self._check()
+
+    def _read_groups(self) -> list[dict[str, Any]]:
+        values: dict[str, Any] = {}
+        found = self.contents.below("optimizer", "param_groups")
+        for item in found.values():
+            values[item.key] = item.tensor and torch.empty(item.tensor.size, dtype=item.tensor.properties.dtype)
+        self.contents.read(values)
+        groups: list[dict[str, Any]] = [{} for _ in {path[0] for path in found}]
+        for path, item in found.items():
+            groups[path[0]][path[1]] = values[item.key]
+        return groups
+
+    def _check(self) -> None:
+        here, saved = self.optimizer.param_groups, self.groups
+        if not saved:
+            raise ValueError("the checkpoint has no state of an optimizer. Pass None in place of the optimizer.")
+        if len(here) != len(saved):
+            raise ValueError(
+                f"the checkpoint has {len(saved)} parameter groups; expected {len(here)}. Give the optimizer the "
+                "groups that it was saved with."
+            )
+        for index, (group, old) in enumerate(zip(here, saved, strict=True)):
+            wanted = dict.fromkeys(self.names[param] for param in group["params"])
+            _check_names(f"group {index} of the optimizer", wanted, dict.fromkeys(old["params"]))
+        for param in params_of(self.optimizer):
+            for key, item in self.items.get(self.names[param], {}).items():
+                if item.tensor is not None and key in _PER_ELEMENT:
+                    _check_shape(item.key, item.tensor, param.shape)
+
+    def run(self) -> str:
+        """One parameter after the other, so that little is in memory twice. The model has been loaded before.
+
+        Returns what the user should be warned of.
+        """
+        optimizer = self.optimizer
+        for group, saved in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
+        dropped: list[str] = []
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                items = self.items.get(self.names[param])
+                if items:
+                    optimizer.state[param] = self._load(param, group, items, dropped)
+                else:
+                    optimizer.state.pop(param, None)
+        optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+        if not dropped:
+            return ""
+        return (
+            f"the checkpoint has fp32 master weights, which this {type(optimizer).__name__} does not keep for "
+            f"{_some(dropped)}: they are dropped. Use pyshard.AdamW with master_weights='auto' and 16-bit parameters "
+            "to keep them."
+        )
+
+    @torch.no_grad()
+    def _load(self, param: Tensor, group: dict[str, Any], items: dict[str, Item], dropped: list[str]) -> dict[str, Any]:
+        kept, loaded, values = self.optimizer.state.get(param, {}), {}, {}
+        low, low_key = None, self._low_key(param)
+        find_run: Callable[[Tensor], tuple[int, int] | None] = getattr(self.optimizer, "owned_run", lambda _: None)
+        run = find_run(param)
+        for key, item in items.items():
+            if key == "master" and low_key != "master":
+                if low_key is None:
+                    dropped.append(self.names[param])
+                else:
+                    low = _Target(param, run, None, torch.float32)
+                    values[item.key] = low.shown
+                continue
+            if item.tensor is None:
+                values[item.key] = None
+            elif key in _PER_ELEMENT or item.tensor.size == param.shape != torch.Size([]):
+                target = _Target(param, run, kept.get(key), self._dtype(param, item.tensor))
+                loaded[key], values[item.key] = target.kept, target.shown
+            else:
+                loaded[key] = values[item.key] = self._scalar(param, group, key, kept.get(key), item.tensor)
+        self.contents.read(values)
+        for key, item in items.items():
+            if item.tensor is None:
+                loaded[key] = values[item.key]
+        if low is not None:
+            loaded["remainder"] = _remainder(param, run, low.kept, kept.get("remainder"))
+        return loaded
+
+    def _low_key(self, param: Tensor) -> str | None:
+        """Which item completes a 16-bit parameter in this optimizer: "remainder", "master" or none."""
+        if not isinstance(self.optimizer, Adam):
+            return None
+        fmt = format_of(param.dtype, self.optimizer.options.master_weights)
+        return None if fmt is None else LOW_KEY.get(fmt)
+
+    def _dtype(self, param: Tensor, stored: TensorStorageMetadata) -> torch.dtype:
+        """pyshard keeps state in fp32 or fp64; torch's optimizers in the parameter's dtype."""
+        dtype: torch.dtype = stored.properties.dtype
+        if not dtype.is_floating_point:
+            return dtype
+        if isinstance(self.optimizer, Adam):
+            return torch.float64 if param.dtype == torch.float64 else torch.float32
+        return param.dtype
+
+    def _scalar(
+        self, param: Tensor, group: dict[str, Any], key: str, kept: Any, stored: TensorStorageMetadata
+    ) -> Tensor:
+        """A tensor for what is not one value per element, such as the step count; placed as torch places it."""
+        on_device = group.get("capturable") or (group.get("fused") and not isinstance(self.optimizer, Adam))
+        place = torch.device("cpu") if key == "step" and not on_device else param.device
+        if isinstance(kept, Tensor) and (kept.shape, kept.dtype) == (stored.size, stored.properties.dtype):
+            if key != "step" or kept.device == place:
+                return kept
+        return torch.empty(stored.size, dtype=stored.properties.dtype, device=place)
+
+
+class _Target:
+    """Memory for a value per element: the tensor that is there if it fits, else a new one.
+
+    Attributes:
+        kept: as the optimizer keeps it: a run of elements if it is sharded.
+        shown: the same as a checkpoint sees it.
+    """
+
+    def __init__(self, param: Tensor, run: tuple[int, int] | None, old: Any, dtype: torch.dtype):
+        fits = isinstance(old, Tensor) and (old.dtype, old.device) == (dtype, param.device)
+        self.kept: Tensor
+        if run is None:
+            same = fits and type(old) is not FlatShard and old.shape == param.shape
+            self.kept = old if same else torch.empty_like(param, dtype=dtype, requires_grad=False)
+            self.shown = self.kept
+        else:
+            size = run[1] - run[0]
+            same = fits and old.shape == (size,)
+            self.kept = old if same else torch.empty(size, dtype=dtype, device=param.device)
+            self.shown = FlatShard(self.kept, param, run[0])
+
+
+def _remainder(param: Tensor, run: tuple[int, int] | None, master: Tensor, old: Any) -> Tensor:
+    """The split weights' lower halves of a loaded master."""
+    if run is not None:
+        param = take(param.detach(), param, *run, param.dtype)
+    target = old if isinstance(old, Tensor) and old.shape == param.shape else torch.empty_like(param, dtype=torch.int16)
+    local_tensor(target).copy_(states._remainder(local_tensor(param), local_tensor(master)))
+    return target
