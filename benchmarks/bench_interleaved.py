@@ -23,7 +23,7 @@ BATCH = 8
 TIGHT = 10  # the tight loop's sample is the tenth step in a row: the first still meets what others left in the caches
 
 
-def _demo_model() -> type[torch.nn.Module]:
+def demo_model() -> type[torch.nn.Module]:
     """The class GPT of examples/gpt.py; examples are programs, not a package."""
     spec = importlib.util.spec_from_file_location("demo_gpt", machine.ROOT / "examples" / "gpt.py")
     if spec is None or spec.loader is None:
@@ -75,7 +75,7 @@ def _contestants(library: peers.Library, model_class, options: dict, dtype, sett
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def bench_interleaved(measure, settings, dtype: torch.dtype) -> None:
     options = settings.pick(MODEL, {"layers": 1, "width": 16, "heads": 1, "context": 8})
-    model_class = _demo_model()
+    model_class = demo_model()
     elements = sum(p.numel() for p in model_class(**options).parameters())
     name = "fp32" if dtype is torch.float32 else "bf16"
     libraries = [peers.PYSHARD, peers.TORCH_FUSED] if name == "fp32" else [peers.PYSHARD]

@@ -14,7 +14,7 @@ from benchmarks import machine, results
 from benchmarks.harness import SUBJECT_CLOCK, Race
 
 T = TypeVar("T")
-SUMMARIES = pytest.StashKey[dict[str, dict[str, Any]]]()
+SUMMARIES = pytest.StashKey[dict[bool, dict[str, dict[str, Any]]]]()  # in one process; in one process per rank
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=0, help="CPU threads; 0: as torch chooses")
     group.addoption("--peers", default="all", help="packages to measure against: all, or torch,deepspeed,...")
     group.addoption("--quick", action="store_true", help="tiny sizes, three rounds, no result file")
-    group.addoption("--result", default="", help="file to write; default benchmarks/results/<machine>.json")
+    group.addoption(
+        "--result",
+        default="",
+        help="file to write; default benchmarks/results/<machine>.json. Cases of several processes: *-distributed.json",
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def measure(
         benchmark.pedantic(race.round, rounds=3 if settings.quick else case.rounds)
         summary = results.summarise(case, race)
         benchmark.extra_info |= summary
-        pytestconfig.stash[SUMMARIES][case.name] = summary
+        pytestconfig.stash[SUMMARIES].setdefault(case.ranks, {})[case.name] = summary
 
     yield run
     for race in races:
@@ -83,20 +87,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    summaries = config.stash[SUMMARIES]
-    if not summaries:
-        return
-    environment = machine.environment(config.getoption("--device"))
-    write = terminalreporter.write_line
-    terminalreporter.section("pyshard and its peers")
-    write(results.header(environment))
-    for summary in summaries.values():
-        write("")
-        write(results.table(summary))
+    write, device = terminalreporter.write_line, config.getoption("--device")
     chosen = config.getoption("--result")
-    if config.getoption("--quick") and not chosen:
-        write("\nquick run: these times mean nothing, no result written")
-        return
-    path = Path(chosen) if chosen else results.RESULTS / f"{machine.slug(config.getoption('--device'))}.json"
-    results.save(path, environment, summaries)
-    write(f"\nwritten: {path}")
+    for ranks, summaries in config.stash[SUMMARIES].items():
+        environment = machine.environment(device, ranks)
+        terminalreporter.section(f"pyshard and its peers{', one process per rank' if ranks else ''}")
+        write(results.header(environment))
+        for summary in summaries.values():
+            write("")
+            write(results.table(summary))
+        if config.getoption("--quick") and not chosen:
+            write("\nquick run: these times mean nothing, no result written")
+            continue
+        path = Path(chosen) if chosen else results.RESULTS / f"{machine.slug(device)}.json"
+        if ranks:
+            path = path.with_stem(f"{path.stem}-distributed")
+        results.save(path, environment, summaries)
+        write(f"\nwritten: {path}")

@@ -22,7 +22,8 @@ class Run:
     step: Callable[[], object]  # timed
     before: Callable[[], object] | None = None  # not timed; before every sample
     result: Callable[[], torch.Tensor] | None = None  # what the steps have made, to compare contestants
-    times_itself: bool = False  # step() returns its own seconds (work done in another process)
+    times_itself: bool = False  # step() returns its own seconds (work done in another process); bytes in a case of MB
+    notes: Callable[[], dict[str, float]] | None = None  # further numbers, named with their unit, after all rounds
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ class Race:
         """What the contestant's steps have made so far, or None if it has nothing to compare."""
         run = self._runs.get(name)
         return None if run is None or run.result is None else run.result()
+
+    def notes(self, name: str) -> dict[str, float]:
+        """Further numbers of a contestant, {} if it has none."""
+        run = self._runs.get(name)
+        return {} if run is None or run.notes is None else run.notes()
 
     def release(self) -> None:
         """Drops every contestant's memory before the next case allocates its own."""

@@ -23,6 +23,7 @@ PACKAGES = [
     "numpy",
     "pytest-benchmark",
 ]
+RANKS_PACKAGES = ["transformers"]  # what only distributed benchmarks use
 
 
 def output(*command: str) -> str:
@@ -81,15 +82,19 @@ def cpu_isa() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def environment(device: str) -> dict[str, object]:
-    """Machine and versions: equal for two runs whose numbers may stand in one table."""
-    found = {"pyshard": version("pyshard-torch"), **{name: version(name) for name in PACKAGES}}
+def environment(device: str, ranks: bool = False) -> dict[str, object]:
+    """Machine and versions: equal for two runs whose numbers may stand in one table.
+
+    ranks: the work is done by processes of one thread each (distributed_ranks.py), not by this one.
+    """
+    packages = [*PACKAGES, *(RANKS_PACKAGES if ranks else [])]
+    found = {"pyshard": version("pyshard-torch"), **{name: version(name) for name in packages}}
     machine: dict[str, object] = {
         "cpu": cpu_model(),
         "isa": cpu_isa(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "openmp_runtimes": len(openmp_runtimes()),
+        "threads": 1 if ranks else torch.get_num_threads(),
+        **({} if ranks else {"openmp_runtimes": len(openmp_runtimes())}),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "transparent_huge_pages": _huge_pages(),
         "kernel": platform.release(),

@@ -15,7 +15,7 @@ from benchmarks import machine
 from benchmarks.harness import Absent, Contestant, Race
 
 RESULTS = Path(__file__).with_name("results")
-UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}  # one second in each
+UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6, "MB": 1e-6}  # one second in each, or one byte
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Case:
     unit: str = "ms"
     reference: str = ""  # the contestant whose results the others' are compared with
     facts: dict[str, Any] = field(default_factory=dict)  # anything else worth storing, e.g. sizes
+    ranks: bool = False  # the contestants run in processes of one thread each
 
 
 def _row(summary: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -125,6 +126,9 @@ def summarise(case: Case, race: Race) -> dict[str, Any]:
         if expected is not None and made is not None:
             row["difference"] = (made.float() - expected.float()).abs().max().item()
         row |= {key: _significant(value) for key, value in row.items() if isinstance(value, float)}
+        notes = race.notes(row["name"])
+        if notes:
+            row["notes"] = {key: _significant(value) for key, value in notes.items()}
 
     summary: dict[str, Any] = {
         "title": case.title,
@@ -146,7 +150,8 @@ def summarise(case: Case, race: Race) -> dict[str, Any]:
 def table(summary: dict[str, Any]) -> str:
     """The summary of one case as text, a line per contestant."""
     unit = summary["unit"]
-    head = ("", unit, "min - max", "GB/s", "roofline", "time / ours")
+    notes = [*dict.fromkeys(key for row in summary["contestants"] for key in row.get("notes", {}))]
+    head = ("", unit, "min - max", "GB/s", "roofline", f"{'bytes' if unit == 'MB' else 'time'} / ours", *notes)
     lines = [head]
     for row in summary["contestants"]:
         lines.append(
@@ -157,6 +162,7 @@ def table(summary: dict[str, Any]) -> str:
                 f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
                 f"{row['roofline']:.2f}" if "roofline" in row else "",
                 f"{row['ratio']:.2f}x" if "ratio" in row else "",
+                *(f"{row['notes'][key]:.4g}" if key in row.get("notes", {}) else "" for key in notes),
             )
         )
     lines = [*zip(*(column for column in zip(*lines) if any(column[1:])))]  # a column without numbers says nothing

@@ -21,13 +21,13 @@ except ImportError as error:
     ) from error
 
 from . import kernels  # noqa: E402
-from .optim import Adam, AdamW  # noqa: E402
+from .optim import Adam, AdamW, ShardedAdam, ShardedAdamW  # noqa: E402
 
-__all__ = ["Adam", "AdamW", "__version__", "kernels"]
+__all__ = ["Adam", "AdamW", "ShardedAdam", "ShardedAdamW", "__version__", "kernels"]
 
 # Public names that are decided and not there yet: asking for one is an error that says so.
 _PLANNED = {
-    *("ShardedAdamW", "ShardedAdam", "fully_shard", "tp", "pp", "init_mesh"),
+    *("fully_shard", "tp", "pp", "init_mesh"),
     *("save_checkpoint", "load_checkpoint", "clip_grad_norm_"),
 }
 

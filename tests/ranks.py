@@ -6,7 +6,9 @@ milliseconds. Every run has a time limit, after which its own processes are kill
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ def _main(
         outcome = Outcome(fn(rank, world, *args))
     except BaseException as error:
         outcome = Outcome(None, f"{type(error).__name__}: {error}", traceback.format_exc())
-    pipe.send(outcome)
+    pipe.send_bytes(pickle.dumps(outcome))  # by value: the process ends, and torch would share its tensors
     pipe.close()
     os._exit(0)  # without waiting for the threads of a process group whose peers may be gone
 
@@ -69,14 +71,12 @@ def run(
             processes.append(process)
         outcomes: list[Outcome] = [Outcome(error="TimeoutError: it was still running") for _ in range(world)]
         left = {pipe: rank for rank, pipe in enumerate(pipes)}
-        import time
-
         end = time.monotonic() + seconds
         while left and time.monotonic() < end:
             for pipe in wait(list(left), timeout=max(end - time.monotonic(), 0)):
                 rank = left.pop(pipe)  # type: ignore[call-overload]
                 try:
-                    outcomes[rank] = pipe.recv()  # type: ignore[union-attr]
+                    outcomes[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     outcomes[rank] = Outcome(error="it died")
         for process, outcome in zip(processes, outcomes, strict=True):

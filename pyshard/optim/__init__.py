@@ -1,5 +1,6 @@
 """Optimizers."""
 
 from .adam import Adam, AdamW
+from .sharded import ShardedAdam, ShardedAdamW
 
-__all__ = ["Adam", "AdamW"]
+__all__ = ["Adam", "AdamW", "ShardedAdam", "ShardedAdamW"]

@@ -74,9 +74,7 @@ class Bucket:
     def param_spans(self) -> list[tuple[int, int]]:
         """Bytes of each rank's run in the array of all parameters."""
         size = self.dtype.itemsize
-        return [
-            (self.begin + a * size, self.begin + b * size) for a, b in zip(self.cuts, self.cuts[1:], strict=False)
-        ]
+        return [(self.begin + a * size, self.begin + b * size) for a, b in zip(self.cuts, self.cuts[1:], strict=False)]
 
     def grad_spans(self) -> list[tuple[int, int]]:
         """Bytes of each rank's run in a slot."""
@@ -126,4 +124,3 @@ def _snap(bucket: Bucket, wanted: torch.Tensor) -> torch.Tensor:
     ends = torch.tensor([place.offset + place.numel for place in bucket.places])[at]
     low, high = (torch.where(cut >= ends, after, cut) for cut in (low, high))
     return torch.where(wanted - low <= high - wanted, low, high).cummax(0).values
-

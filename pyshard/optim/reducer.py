@@ -65,8 +65,10 @@ class Reducer:
     def _send_full(self) -> None:
         while self.next < len(self.order):
             shard = self.shards[self.order[self.next]]
-            slot = self.sent % self.slots
-            if shard.missing or not shard.arena.acquire(slot, "", block=False):
+            if shard.missing:
+                break
+            self._collect(len(self.waiting), block=False)
+            if len(self.waiting) == self.slots or not shard.arena.acquire(self.sent % self.slots, "", block=False):
                 break
             self._send(self.order[self.next])
             self.next += 1

@@ -104,7 +104,12 @@ class ShardedAdam(Adam):
         self._gathering: Gathering | None = None
         self._quiet = False  # inside no_sync()
         self._built = False
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **adam)
+        try:
+            super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **adam)
+        except Exception as error:
+            if self.world > 1:  # the others wait to hear of this rank
+                agreement.check(who, process_group, self.ranks, [], error)
+            raise
         self._built = True
         if self.world > 1:
             self._step_supports_amp_scaling = True  # or GradScaler would leave out step() on some ranks only
@@ -273,12 +278,12 @@ class ShardedAdam(Adam):
     def _update(self) -> None:
         if self.world == 1:
             return super()._update()
-        groups = self._hyperparameters()
         self._set_up()
         self.synchronize()
         problem: Exception | None = None
         try:
             who = f"pyshard.{type(self).__name__}"
+            self._hyperparameters()
             self._witness.take_back(who)
             for _, name, param in named_params(self.param_groups):
                 if param.grad is not None:
@@ -289,7 +294,7 @@ class ShardedAdam(Adam):
         except (TypeError, ValueError, RuntimeError) as error:
             problem = error
         try:
-            step_on_ranks(self, groups, problem)
+            step_on_ranks(self, self._groups, problem)
         except (PeerError, FloatingPointError):
             raise
         except BaseException as error:
@@ -363,7 +368,9 @@ class ShardedAdam(Adam):
 
 
 class ShardedAdamW(ShardedAdam):
-    __doc__ = (ShardedAdam.__doc__ or "").replace("pyshard.Adam's", "pyshard.AdamW's").replace("Adam whose", "AdamW whose")
+    __doc__ = (
+        (ShardedAdam.__doc__ or "").replace("pyshard.Adam's", "pyshard.AdamW's").replace("Adam whose", "AdamW whose")
+    )
 
     _decoupled = True
 

@@ -58,7 +58,9 @@ def explain(optimizer: "ShardedAdam") -> str:
         path = "gradients are sent and summed inside step()"
     else:
         path = "gradients are sent and summed while backward runs"
-    publish = "written to all ranks by the update itself" if transport.in_place else "sent to all ranks after the update"
+    publish = (
+        "written to all ranks by the update itself" if transport.in_place else "sent to all ranks after the update"
+    )
     if optimizer._gathering is not None and not transport.in_place:
         publish += ", while the next forward runs"
     lines.append(f"  each step: {path}; new parameters are {publish}")

@@ -76,7 +76,7 @@ def _make(optimizer: "ShardedAdam", shard: Shard) -> Launch:
         raise RuntimeError(f"{who}: a bucket has parameters of several backends: {sorted(map(str, by_backend))}")
     launch: Launch
     if by_backend:
-        ((backend, device), entries), = by_backend.items()
+        (((backend, device), entries),) = by_backend.items()
         launch = plan.launch(optimizer, (backend, device, False, ()), entries, idle)
     else:
         launch = HostLaunch("cpu", shard.arena.params.device, [], idle)

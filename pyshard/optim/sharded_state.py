@@ -54,4 +54,3 @@ def gathered(optimizer: "ShardedAdam", state_dict: dict[str, Any]) -> dict[str, 
 
     found = state_dict["state"]
     return {**state_dict, "state": {key: {k: whole(v) for k, v in items.items()} for key, items in found.items()}}
-

@@ -103,7 +103,9 @@ def hear_all(optimizer: "ShardedAdam", kind: Kind, error: Exception | None = Non
 
 
 def _text(error: Exception | None) -> bytes:
-    return ("" if error is None else f"{type(error).__name__}: {error}").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    return (
+        ("" if error is None else f"{type(error).__name__}: {error}").encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+    )
 
 
 def finish_rounds(optimizer: "ShardedAdam", news: News) -> None:
