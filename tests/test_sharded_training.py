@@ -2,6 +2,7 @@
 stage and transport."""
 
 from dataclasses import replace
+
 import pytest
 import ranks
 from sharded_cases import BF16, F16, F32, Case, assert_same_bits, expected, train

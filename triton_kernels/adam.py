@@ -44,9 +44,7 @@ def distant_array(row, field: tl.constexpr, delta, start, DTYPE: tl.constexpr, A
 
 
 @triton.jit
-def gradient(
-    row, deltas, start, i, mask, other, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SOURCES: tl.constexpr
-):
+def gradient(row, deltas, start, i, mask, other, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, SOURCES: tl.constexpr):
     """The row's own gradient in fp32, or with SOURCES the sum of theirs, one after the other."""
     if SOURCES == 0:
         return decode(tl.load(stored_array(row, GRAD, start, DTYPE, ALIGNED) + i, mask, other), DTYPE)
@@ -164,11 +162,14 @@ def adam_of_block(
     for present in tl.static_range(4, 48):
         if (KINDS >> present) & 1:
             if kind == present:
-                deltas = source_deltas, target_deltas
                 if ALIGNED and ((start + BLOCK <= n) | (n % 4 == 0)):
-                    adam_block(row, s, start, n, *deltas, present, ALIGNED, True, BLOCK, SOURCES, TARGETS)
+                    adam_block(
+                        row, s, start, n, source_deltas, target_deltas, present, ALIGNED, True, BLOCK, SOURCES, TARGETS
+                    )
                 else:
-                    adam_block(row, s, start, n, *deltas, present, ALIGNED, False, BLOCK, SOURCES, TARGETS)
+                    adam_block(
+                        row, s, start, n, source_deltas, target_deltas, present, ALIGNED, False, BLOCK, SOURCES, TARGETS
+                    )
 
 
 @triton.jit(

@@ -7,9 +7,10 @@ processes: when a process dies they close, so the first rank knows at once who i
 import pickle
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from ..comm import PeerError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_TAG = 0x5AFE  # of our messages, among others of the group
+_NOTE_TIME = timedelta(seconds=1)  # how long the first rank may take to leave word
 # Errors that say what a caller did wrong are raised on all ranks as what they are.
 _OF_THE_CALLER: tuple[type[Exception], ...] = (ValueError, TypeError, FileNotFoundError)
 
@@ -47,7 +48,6 @@ class _Failure:
     operation: str
     text: str
     kind: str  # name of an error of the caller's, "lost", or ""
-    filename: str | None = None
 
 
 class Ranks:
@@ -64,15 +64,14 @@ class Ranks:
         self.rank, self.world, self.ranks = 0, 1, [0]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) != 1:
             self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-            self.ranks = dist.get_process_group_ranks(group)
             if self.rank < 0:
                 raise ValueError(
-                    f"{who}: this process (rank {dist.get_rank()}) is not in the optimizer's process group; expected "
-                    f"one of its ranks {self.ranks}. Call this on these ranks only."
+                    f"{who}: this process, rank {dist.get_rank()}, is not in the optimizer's process group; expected "
+                    "one of its ranks. Call this on those only."
                 )
-            self._group = _gloo(group)
-            backend = self._group._get_backend(torch.device("cpu"))
-            self._timeout: timedelta = getattr(getattr(backend, "options", None), "_timeout", timedelta(minutes=30))
+            known = group or dist.distributed_c10d._get_default_group()
+            self.ranks = dist.get_process_group_ranks(known)
+            self._wire = _wire(who, known)
 
     @property
     def first(self) -> bool:
@@ -94,26 +93,27 @@ class Ranks:
             cause, message = error, self._failure(operation, error)
         answer: R | _Failure
         if self.first:
-            messages = [message, *self._receive_all(operation)]
+            messages = [message, *self._receive_all(operation)] if self.world > 1 else [message]
             failures = [m for m in messages if isinstance(m, _Failure)]
             # A loss comes first: what else fails may be its consequence.
             failures.sort(key=lambda failure: failure.kind != "lost")
             answers: list[Any] = failures[:1] * self.world
             if not failures:
                 try:
-                    answers = list(decide(messages))
+                    answers = list(decide(cast(list[T], messages)))
                 except BaseException as error:
                     cause, answers = error, [self._failure(operation, error)] * self.world
             for rank in range(1, self.world):
-                self._try_to_send(answers[rank], rank)
+                with suppress(RuntimeError):  # it is gone: the next exchange will say so, if there is one
+                    self._wire.send(answers[rank], rank)
             answer = answers[0]
         else:
-            # The first rank waits as long as one timeout for each of the others.
             try:
-                self._send(message, 0)
-                answer = self._receive(0, self._timeout * 2)
+                self._wire.send(message, 0)
+                # The first rank may spend a timeout on one that is silent.
+                answer = self._wire.receive(0, self._wire.timeout * 2)
             except RuntimeError as error:
-                answer = self._loss(operation, 0, error)
+                answer = self._wire.read_note() or self._loss(operation, 0, error)
         if cause is not None and not isinstance(cause, Exception):
             raise cause
         if isinstance(answer, _Failure):
@@ -152,63 +152,79 @@ class Ranks:
         text = f"{self.who}: failed{where} while {operation}: {failure.text}."
         return CheckpointError(text + end, rank, operation)
 
-    # ---- messages ----
-
-    def _send(self, value: object, rank: int) -> None:
-        data = pickle.dumps(value)
-        for tensor in (torch.tensor([len(data)]), torch.frombuffer(bytearray(data), dtype=torch.uint8)):
-            work = dist.isend(tensor, self.ranks[rank], group=self._group, tag=_TAG)
-            if work is not None:
-                work.wait()
-
-    def _try_to_send(self, value: object, rank: int) -> None:
-        try:
-            self._send(value, rank)
-        except RuntimeError:  # it is gone: the next exchange will say so, or there is none
-            pass
-
-    def _receive(self, rank: int, timeout: timedelta, size: "tuple[Tensor, Any] | None" = None) -> Any:
-        length, work = size or self._expect(rank)
-        work.wait(timeout)
-        data = torch.empty(int(length), dtype=torch.uint8)
-        work = dist.irecv(data, self.ranks[rank], group=self._group, tag=_TAG)
-        if work is not None:
-            work.wait(timeout)
-        return pickle.loads(data.numpy().tobytes())
-
-    def _expect(self, rank: int) -> tuple[Tensor, Any]:
-        """Starts to receive the length of a rank's message."""
-        length = torch.empty(1, dtype=torch.int64)
-        return length, dist.irecv(length, self.ranks[rank], group=self._group, tag=_TAG)
-
     def _receive_all(self, operation: str) -> list[Any]:
         """The messages of all ranks but the first; a failure in place of one that is lost."""
         expected: list[Any] = []
         for rank in range(1, self.world):
             try:
-                expected.append(self._expect(rank))
+                expected.append(self._wire.expect(rank))
             except RuntimeError as error:
                 expected.append(self._loss(operation, rank, error))
         received = []
-        for rank, size in enumerate(expected, start=1):
-            if not isinstance(size, _Failure):
+        for rank, message in enumerate(expected, start=1):
+            if not isinstance(message, _Failure):
                 try:
-                    size = self._receive(rank, self._timeout, size)
+                    message = self._wire.receive(rank, self._wire.timeout, message)
                 except RuntimeError as error:
-                    size = self._loss(operation, rank, error)
-            received.append(size)
+                    message = self._loss(operation, rank, error)
+                    self._wire.write_note(message)
+            received.append(message)
         return received
 
 
-_siblings: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
+class _Wire:
+    """Connections of its own between the processes of a group, over gloo on the CPU whatever the group's backend."""
+
+    def __init__(self, group: "dist.ProcessGroup"):
+        backend = group._get_backend(group._device_types[0])
+        self.timeout: timedelta = getattr(getattr(backend, "options", None), "_timeout", timedelta(minutes=30))
+        c10d: Any = dist  # whose types do not tell of these
+        self._store = c10d.PrefixStore("pyshard/checkpoint", group.get_group_store())
+        self._gloo = c10d.ProcessGroupGloo(self._store, group.rank(), group.size(), self.timeout)
+
+    def send(self, value: object, rank: int) -> None:
+        data = pickle.dumps(value)
+        for tensor in (torch.tensor([len(data)]), torch.frombuffer(bytearray(data), dtype=torch.uint8)):
+            self._gloo.send([tensor], rank, 0).wait(self.timeout)
+
+    def expect(self, rank: int) -> tuple[Tensor, Any]:
+        """Starts to receive the length of a rank's message."""
+        length = torch.empty(1, dtype=torch.int64)
+        return length, self._gloo.recv([length], rank, 0)
+
+    def receive(self, rank: int, timeout: timedelta, expected: tuple[Tensor, Any] | None = None) -> Any:
+        length, work = expected or self.expect(rank)
+        work.wait(timeout)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        self._gloo.recv([data], rank, 0).wait(timeout)
+        return pickle.loads(data.numpy().tobytes())
+
+    # A wait that ends by its timeout closes all connections. What the first rank has to say then goes another way.
+
+    def write_note(self, failure: _Failure) -> None:
+        with suppress(RuntimeError):
+            self._store.set("note", pickle.dumps(failure))
+
+    def read_note(self) -> _Failure | None:
+        with suppress(RuntimeError):  # none came, or the store was the first rank's and is gone with it
+            self._store.wait(["note"], _NOTE_TIME)
+            return cast(_Failure, pickle.loads(self._store.get("note")))
+        return None
 
 
-def _gloo(group: "dist.ProcessGroup | None") -> Any:
-    """The group if gloo serves it on the CPU, else one of the same ranks that gloo serves, made once."""
-    known = group or dist.distributed_c10d._get_default_group()
-    if "cpu:gloo" in dist.get_backend_config(known):
-        return known
-    if known not in _siblings:
-        ranks = dist.get_process_group_ranks(known)
-        _siblings[known] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    return _siblings[known]
+_wires: "weakref.WeakKeyDictionary[Any, _Wire]" = weakref.WeakKeyDictionary()
+
+
+def _wire(who: str, group: "dist.ProcessGroup") -> _Wire:
+    """The connections of a group; all its ranks come here together, the first time."""
+    if group not in _wires:
+        try:
+            _wires[group] = _Wire(group)
+        except RuntimeError as error:
+            raise PeerError(
+                f"{who}: could not connect to all ranks of the process group ({str(error).splitlines()[0]}); expected "
+                "all of them to call this.",
+                None,
+                "connecting",
+            ) from error
+    return _wires[group]

@@ -5,7 +5,7 @@ The keys are those of torch's get_model_state_dict and get_optimizer_state_dict:
     model.<name>    optimizer.state.<name of the parameter>.<item>    optimizer.param_groups.<i>.<hyperparameter>
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from ..kernels.launch import local_tensor
 from ..optim import state as states
 from ..optim.adam import Adam
 from ..optim.flat_shard import FlatShard, take
+from ..optim.sharded import ShardedAdam
 
 # ---- names ----
 
@@ -182,6 +183,7 @@ class OptimizerLoad:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, contents: Contents):
         self.optimizer, self.contents = optimizer, contents
+        self.sharded = optimizer if isinstance(optimizer, ShardedAdam) and optimizer.world > 1 else None
         self.names = names_of(model, optimizer)
         self.items: dict[str, dict[str, Item]] = {}
         for path, item in contents.below("optimizer", "state").items():
@@ -231,6 +233,10 @@ class OptimizerLoad:
         for group, saved in zip(optimizer.param_groups, self.groups, strict=True):
             group.update({k: v for k, v in saved.items() if k not in ("params", "param_names")})
         dropped: list[str] = []
+        if self.sharded is not None:
+            for param in params_of(optimizer):  # with state, a parameter that is not trained gets a place, too
+                if self.items.get(self.names[param]) and not optimizer.state.get(param):
+                    optimizer.state[param] = {"step": torch.zeros(())}
         for group in optimizer.param_groups:
             for param in group["params"]:
                 items = self.items.get(self.names[param])
@@ -251,8 +257,7 @@ class OptimizerLoad:
     def _load(self, param: Tensor, group: dict[str, Any], items: dict[str, Item], dropped: list[str]) -> dict[str, Any]:
         kept, loaded, values = self.optimizer.state.get(param, {}), {}, {}
         low, low_key = None, self._low_key(param)
-        find_run: Callable[[Tensor], tuple[int, int] | None] = getattr(self.optimizer, "owned_run", lambda _: None)
-        run = find_run(param)
+        run = None if self.sharded is None else self.sharded.run_of(param)
         for key, item in items.items():
             if key == "master" and low_key != "master":
                 if low_key is None:

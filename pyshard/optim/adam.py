@@ -366,7 +366,8 @@ class AdamW(Adam):
         )
 
 
-def _save_masters(optimizer: "Adam", state_dict: dict[str, Any]) -> dict[str, Any]:
+def _save_masters(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    assert isinstance(optimizer, Adam)  # whose hook this is
     params = [p for group in optimizer.param_groups for p in group["params"]]
     saved = {
         key: optimizer._saved_state(params[key], value) if isinstance(key, int) else value
@@ -375,7 +376,8 @@ def _save_masters(optimizer: "Adam", state_dict: dict[str, Any]) -> dict[str, An
     return {**state_dict, "state": saved}
 
 
-def _check_and_box(optimizer: "Adam", loaded: dict[str, Any]) -> dict[str, Any]:
+def _check_and_box(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+    assert isinstance(optimizer, Adam)  # whose hook this is
     who = f"pyshard.{type(optimizer).__name__}.load_state_dict"
     keys = [key for group in loaded["param_groups"] for key in group["params"]]
     params = list(named_params(optimizer.param_groups))

@@ -1,6 +1,6 @@
 """The all-gather behind the next forward: modules wait for their own parameters, not for all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Gathering:
             if own:
                 self._handles.append(module.register_forward_pre_hook(self._waiter(own)))
 
-    def _waiter(self, params: list[Tensor]) -> Callable[[nn.Module, Any], None]:
+    def _waiter(self, params: Sequence[Tensor]) -> Callable[[nn.Module, Any], None]:
         def wait(module: nn.Module, arguments: Any) -> None:
             if self._pending:
                 for param in params:
@@ -30,7 +30,7 @@ class Gathering:
 
         return wait
 
-    def add(self, params: list[Tensor], arrived: Callable[[], None]) -> None:
+    def add(self, params: Sequence[Tensor], arrived: Callable[[], None]) -> None:
         """`arrived` waits for the bucket of these parameters; it may be called several times."""
         self._pending |= dict.fromkeys(params, arrived)
 

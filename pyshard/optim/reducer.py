@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .shards import Generation, Shard
+from .shards import Generation
 
 # Slots of a generation. With three a rank can fill one while another is on its way and a third is summed up.
 SLOTS = 3

@@ -47,7 +47,7 @@ class ShardedAdam(Adam):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad and all that is not named here: as pyshard.Adam.
-        stage: 1 cuts the optimizer's state: .grad stays whole and may be changed until step(). 2 cuts the gradients too:
+        stage: 1 cuts the optimizer's state: .grad stays whole and may be changed until step(). 2 cuts gradients too:
             they are sent to their owners while backward runs, .grad is None afterwards, and step() uses them up.
         process_group: the ranks; None is the default group.
         transport: "shm" (CPU tensors, one host), "symm_mem" (GPUs with peer access), "collective" (gloo or NCCL, any
@@ -264,7 +264,7 @@ class ShardedAdam(Adam):
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients. Those of a backward without a step have left .grad at stage 2: all ranks call it then."""
+        """Clears the gradients. At stage 2, after a backward without a step, all ranks have to call it."""
         if not all(reducer.idle for reducer in self._reducers):
             self._witness.take_back("")
             news = hear_all(self, Kind.ZERO_GRAD)

@@ -14,19 +14,16 @@ def held_bytes(optimizer: "ShardedAdam") -> dict[str, int]:
     """Bytes that this rank holds, by kind. Parameters and gradients outside of the optimizer are not counted."""
     kinds = {"parameters": 0, "gradients": 0, "gradients on their way": 0, "state": 0}
     for generation in optimizer._generations:
-        kinds["parameters"] += sum(param.numel() * param.element_size() for param in generation.params)
-        in_slots = set()
-        if generation.arena is not None:
-            kinds["gradients on their way"] += generation.arena.slot_bytes * generation.arena.slots
-            in_slots = {view.data_ptr() for shard in generation.shards for v in shard._views.values() for view in v}
-        for shard in generation.shards:
-            if shard.reduced is not None:
-                kinds["gradients"] += shard.reduced.numel() * shard.reduced.element_size()
+        kinds["parameters"] += sum(param.nbytes for param in generation.params)
+        arenas = {shard.arena for shard in generation.shards}
+        kinds["gradients on their way"] += sum(arena.slot_bytes * arena.slots for arena in arenas)
+        in_slots = {view.data_ptr() for shard in generation.shards for view in shard.slot_views()}
+        kinds["gradients"] += sum(s.reduced.nbytes for s in generation.shards if s.reduced is not None)
         for param in generation.params:
             if param.grad is not None and param.grad.data_ptr() not in in_slots:
-                kinds["gradients"] += param.grad.numel() * param.grad.element_size()
+                kinds["gradients"] += param.grad.nbytes
     for items in optimizer.state.values():
-        kinds["state"] += sum(v.numel() * v.element_size() for v in items.values() if isinstance(v, Tensor))
+        kinds["state"] += sum(v.nbytes for v in items.values() if isinstance(v, Tensor))
     return kinds
 
 

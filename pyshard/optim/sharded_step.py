@@ -57,8 +57,8 @@ def hear_all(optimizer: "ShardedAdam", kind: Kind, error: Exception | None = Non
     """Tells all ranks how far this one is, and hears it of them.
 
     Raises:
-        the error itself, if this rank has one; PeerError if another has; ValueError, RuntimeError: on all ranks, if they
-        differ in hyperparameters, in what is trained or in what they are doing.
+        the error itself, if this rank has one; PeerError if another has; ValueError, RuntimeError: on all ranks, if
+        they differ in hyperparameters, in what is trained or in what they are doing.
     """
     transport, who = optimizer.transport(), f"pyshard.{type(optimizer).__name__}"
     progress = [reducer.progress() for reducer in optimizer._reducers]

@@ -73,6 +73,10 @@ class Shard:
             self._views[slot] = [like(flat, param) for flat, param in zip(flats, self.params, strict=True)]
         return self._views[slot]
 
+    def slot_views(self) -> list[Tensor]:
+        """All views of slots that have been made."""
+        return [view for views in self._views.values() for view in views]
+
     @torch.no_grad()
     def fill(self, slot: int, keep: bool) -> None:
         """Puts the gradients into a slot, zeros for parameters that have none. Takes them away unless `keep`."""

@@ -2,9 +2,9 @@
 
 torch's GradScaler looks for inf and NaN in the gradients of its own process, before step(). On another rank they may
 be finite, and at stage 2 they are on their way already; the scales of the ranks would drift apart. So while a
-GradScaler is in use the ranks agree at the end of each backward whether all gradients are finite, and .grad of one small
-parameter tells it: at stage 2 it holds a finite number or NaN; at stage 1 its first element becomes NaN if another
-rank's gradients are not finite.
+GradScaler is in use the ranks agree at the end of each backward whether all gradients are finite, and .grad of one
+small parameter tells it: at stage 2 it holds a finite number or NaN; at stage 1 its first element becomes NaN if
+another rank's gradients are not finite.
 
 Whether a GradScaler is in use is known from the first step on; until then it is assumed.
 """
