@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+
 #include "cpu/runtime.h"
 #include "cuda/bindings.h"
 #include "table.h"
@@ -21,7 +23,8 @@ T* pointer(uintptr_t address) {
 
 Dtype dtype_of(int code) {
   if (code < 0 || code >= kDtypes)
-    throw std::invalid_argument("pyshard._C: dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16)");
+    throw std::invalid_argument("pyshard._C: dtype code must be 0 (fp32), 1 (bf16) or 2 (fp16), got " +
+                                std::to_string(code));
   return static_cast<Dtype>(code);
 }
 
@@ -75,9 +78,39 @@ void bind_cpu(py::module_& m) {
         for (const auto& [data, n, dtype] : tensors)
           values.push_back({pointer<void>(data), size_of(n), dtype_of(dtype)});
         py::gil_scoped_release release;
-        return cpu_square_sum(values, threads);
+        return cpu_sum_blocks(cpu_block_sums(values, {0}, threads));
       },
       py::arg("tensors"), py::arg("threads"), "Sum of squares of (address, n, dtype code) tensors, in block order.");
+  m.def(
+      "sum_blocks",
+      [](const py::bytes& sums) {
+        const std::string_view bytes = sums;
+        if (bytes.size() % sizeof(double) != 0)
+          throw std::invalid_argument("pyshard._C.sum_blocks: got " + std::to_string(bytes.size()) +
+                                      " bytes, expected a multiple of the 8 of a double");
+        std::vector<double> values(bytes.size() / sizeof(double));
+        std::memcpy(values.data(), bytes.data(), bytes.size());
+        return cpu_sum_blocks(std::move(values));
+      },
+      py::arg("sums"), "Total of AdamTable.block_sums(), of one table or of several in a row; 0.0 of none.");
+  m.def(
+      "cpu_reduce",
+      [](const std::vector<uintptr_t>& sources, int dtype, uintptr_t out, int64_t n, bool accumulate, int threads) {
+        const Dtype from = dtype_of(dtype);
+        const int64_t size = size_of(n);
+        if (sources.empty())
+          throw std::invalid_argument("pyshard._C.cpu_reduce: no sources; expected the address of at least one");
+        for (size_t i = 0; i < sources.size() && size > 0; ++i)
+          if (sources[i] == 0)
+            throw std::invalid_argument("pyshard._C.cpu_reduce: address " + std::to_string(i) + " of " +
+                                        std::to_string(sources.size()) + " sources is null");
+        if (out == 0 && size > 0) throw std::invalid_argument("pyshard._C.cpu_reduce: the address of out is null");
+        py::gil_scoped_release release;
+        cpu_reduce(sources, from, pointer<float>(out), size, accumulate, threads);
+      },
+      py::arg("sources"), py::arg("dtype"), py::arg("out"), py::arg("n"), py::arg("accumulate"), py::arg("threads"),
+      "out = s0 + s1 + ... in fp32, in list order, each sum rounded; with accumulate out + that. out overlaps no "
+      "source.");
   m.def(
       "cpu_cast",
       [](uintptr_t src, int from, uintptr_t dst, int to, int64_t n, int threads) {
@@ -114,7 +147,7 @@ void bind_cpu(py::module_& m) {
         std::vector<AdamScalars> scalars;
         for (const auto& hyper : hypers) scalars.push_back(adam_scalars(hyper_of(hyper), grad_scale));
         py::gil_scoped_release release;
-        cpu_adam(table.data(), static_cast<int64_t>(table.size()), scalars.data(), threads);
+        cpu_adam(table.data(), static_cast<int64_t>(table.size()), scalars.data(), {0}, {}, threads);
       },
       py::arg("rows"), py::arg("hypers"), py::arg("grad_scale"), py::arg("threads"),
       "Adam on rows (param, low, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, kind, hyper); hypers are AdamHyper.");

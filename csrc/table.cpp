@@ -11,8 +11,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/runtime.h"
-
 namespace pyshard {
 namespace {
 
@@ -47,6 +45,14 @@ py::object local(PyObject* tensor, bool is_dtensor) {
   py::object shard = attribute(tensor, names().local);
   if (PyObject_HasAttr(shard.ptr(), names().wait)) shard = attribute(shard.ptr(), names().wait)();
   return shard;
+}
+
+void check_deltas(const char* what, const Deltas& deltas, int64_t element_size) {
+  for (const int64_t delta : deltas)
+    if (delta % element_size != 0)
+      throw std::invalid_argument(std::string("pyshard._C.AdamTable.") + what + ": got a distance of " +
+                                  std::to_string(delta) + " bytes, expected multiples of an element's " +
+                                  std::to_string(element_size));
 }
 
 }  // namespace
@@ -343,24 +349,61 @@ bool AdamTable::aligned() const {
   return bits % 16 == 0;
 }
 
+std::vector<Values> AdamTable::grads() const {
+  std::vector<Values> found;
+  for (const AdamRow& row : rows_) found.push_back({row.grad, row.n, grad_dtype(row.kind)});
+  return found;
+}
+
+void AdamTable::check_sources(const char* function, const Deltas& sources) const {
+  int64_t element_size = 2;
+  for (const AdamRow& row : rows_) {
+    if (row.kind < 0)
+      throw std::invalid_argument(std::string("pyshard._C.AdamTable.") + function + ": fp64 rows have no kernel");
+    if (grad_dtype(row.kind) == kFloat32) element_size = 4;
+  }
+  if (sources.empty())
+    throw std::invalid_argument(std::string("pyshard._C.AdamTable.") + function +
+                                ": source_deltas is empty; expected at least one, as [0], the row's own");
+  check_deltas("source_deltas", sources, element_size);
+}
+
 double AdamTable::square_sum(int threads) const {
+  check_sources("square_sum", {0});
   py::gil_scoped_release release;
-  return cpu_square_sum(rows_.data(), count(), threads);
+  return cpu_sum_blocks(cpu_block_sums(grads(), {0}, threads));
+}
+
+py::bytes AdamTable::block_sums(int threads, const Deltas& sources) const {
+  check_sources("block_sums", sources);
+  std::vector<double> sums;
+  {
+    py::gil_scoped_release release;
+    sums = cpu_block_sums(grads(), sources, threads);
+  }
+  return {reinterpret_cast<const char*>(sums.data()), sums.size() * sizeof(double)};
 }
 
 void AdamTable::count_step() {
   for (const size_t i : active_) *entries_[i].step += 1.0f;
 }
 
-void AdamTable::adam(double grad_scale, int threads) {
-  for (const AdamRow& row : rows_)
-    if (row.kind < 0 || row.hyper >= hypers_count())
-      throw std::invalid_argument("pyshard._C.AdamTable.adam: prepare() comes first, and fp64 rows have no kernel");
+void AdamTable::adam(double grad_scale, int threads, const Deltas& sources, const Deltas& targets) {
+  check_sources("adam", sources);
+  int64_t element_size = 2;
+  for (const AdamRow& row : rows_) {
+    if (row.hyper >= hypers_count()) throw std::invalid_argument("pyshard._C.AdamTable.adam: prepare() comes first");
+    if (param_dtype(row.kind >> 3) == kFloat32) element_size = 4;
+  }
+  check_deltas("target_deltas", targets, element_size);
+  if (std::find(targets.begin(), targets.end(), 0) != targets.end())
+    throw std::invalid_argument(
+        "pyshard._C.AdamTable.target_deltas: got 0, which is the row's own param; leave it out");
   std::vector<AdamScalars> scalars;
   for (const AdamHyper& hyper : hypers_) scalars.push_back(adam_scalars(hyper, grad_scale));
   count_step();
   py::gil_scoped_release release;
-  cpu_adam(rows_.data(), count(), scalars.data(), threads);
+  cpu_adam(rows_.data(), count(), scalars.data(), sources, targets, threads);
 }
 
 void bind_table(py::module_& m) {
@@ -383,8 +426,10 @@ void bind_table(py::module_& m) {
       .def("kinds", &AdamTable::kinds)
       .def("aligned", &AdamTable::aligned)
       .def("square_sum", &AdamTable::square_sum)
+      .def("block_sums", &AdamTable::block_sums, py::arg("threads"), py::arg("source_deltas") = Deltas{0})
       .def("count_step", &AdamTable::count_step)
-      .def("adam", &AdamTable::adam);
+      .def("adam", &AdamTable::adam, py::arg("grad_scale"), py::arg("threads"), py::arg("source_deltas") = Deltas{0},
+           py::arg("target_deltas") = Deltas{});
 }
 
 }  // namespace pyshard

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "adam.h"
+#include "cpu/runtime.h"
 #include "tensor_view.h"
 
 namespace pyshard {
@@ -57,8 +58,14 @@ class AdamTable {
   bool aligned() const;                // every address of the active rows is a multiple of 16
 
   double square_sum(int threads) const;
+  // Its parts before they are added up: the bytes of one double per block of kNormBlock elements of each active row, in
+  // row order. sum_blocks() adds them up, also those of several tables or ranks. `sources` as in adam().
+  py::bytes block_sums(int threads, const Deltas& sources) const;
   // One step on the CPU: adds 1 to the step counts of the active rows and updates them. prepare() comes first.
-  void adam(double grad_scale, int threads);
+  // A row's gradient is the fp32 sum, in the order of the list, of the arrays that lie `sources` bytes from its own (0 is
+  // itself); its new parameter is also written `targets` bytes from its own. Nothing that is written may overlap anything
+  // else; neither is looked at here.
+  void adam(double grad_scale, int threads, const Deltas& sources, const Deltas& targets);
   void count_step();  // the step counts alone
 
  private:
@@ -102,6 +109,8 @@ class AdamTable {
   void add_output(const TensorView& view);
   bool overlaps_output(const TensorView& view) const;
   void collect();
+  std::vector<Values> grads() const;  // of the active rows
+  void check_sources(const char* function, const Deltas& sources) const;
 
   std::deque<Layout> layouts_;  // all different
   std::vector<Entry> entries_;

@@ -43,6 +43,36 @@ void adam_range(const AdamRow& row, const AdamScalars& scalars, int64_t begin, i
   }
 }
 
+// The first kCount sources of the list are read side by side: one pass, and no sum but the last is stored.
+template <int32_t kDtype, int64_t kCount, bool kMore>
+void add_sources(uintptr_t base, const int64_t* deltas, float* __restrict__ out, int64_t n) {
+  using E = Element<kDtype>;
+  const typename E::Type* x[kCount];
+  for (int64_t k = 0; k < kCount; ++k)
+    x[k] = reinterpret_cast<const typename E::Type*>(base + static_cast<uintptr_t>(deltas[k]));
+  for (int64_t i = 0; i < n; ++i) {
+    float sum = E::decode(x[0][i]);
+    if constexpr (kMore) sum = out[i] + sum;
+    for (int64_t k = 1; k < kCount; ++k) sum = sum + E::decode(x[k][i]);
+    out[i] = sum;
+  }
+}
+
+template <int32_t kDtype, bool kMore>
+void add_some(uintptr_t base, const int64_t* deltas, int64_t count, float* out, int64_t n) {
+  if (count == 1) return add_sources<kDtype, 1, kMore>(base, deltas, out, n);
+  if (count == 2) return add_sources<kDtype, 2, kMore>(base, deltas, out, n);
+  if (count == 3) return add_sources<kDtype, 3, kMore>(base, deltas, out, n);
+  add_sources<kDtype, 4, kMore>(base, deltas, out, n);
+}
+
+// Four at a time; what they add to is then in the first-level cache, as long as n is small.
+template <int32_t kDtype>
+void reduce(uintptr_t base, const int64_t* deltas, int64_t count, float* out, int64_t n, bool more) {
+  for (int64_t k = 0; k < count; k += 4, more = true)
+    (more ? add_some<kDtype, true> : add_some<kDtype, false>)(base, deltas + k, count - k, out, n);
+}
+
 double combine_lanes(double* lanes) {
   for (int64_t width = kNormLanes / 2; width > 0; width /= 2)
     for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = lanes[lane] + lanes[lane + width];
@@ -61,7 +91,7 @@ PYSHARD_HD void add_squares(double* __restrict__ lanes, const typename Element<k
 }
 
 #if defined(__AVX512F__)
-// Whole blocks, with the 128 accumulators in 16 registers; the compiler alone keeps them in memory, at half the speed.
+// Whole rows, with the 128 accumulators in 16 registers; the compiler alone keeps them in memory, at half the speed.
 PYSHARD_HD __m512d widen(__m256 x) { return _mm512_maskz_cvtps_pd(0xff, x); }
 
 template <int32_t kDtype>
@@ -70,6 +100,23 @@ PYSHARD_HD __m512d load_wide(const typename Element<kDtype>::Type* x) {
     return widen(_mm256_loadu_ps(x));
   else
     return widen(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+
+template <int32_t kDtype>
+PYSHARD_HD void add_rows(double* __restrict__ lanes, const typename Element<kDtype>::Type* __restrict__ x,
+                         int64_t rows) {
+  __m512d sums[16];
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < 16; ++j) sums[j] = _mm512_loadu_pd(lanes + j * 8);
+  for (int64_t row = 0; row < rows; ++row) {
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < 16; ++j) {
+      const __m512d wide = load_wide<kDtype>(x + row * kNormLanes + j * 8);
+      sums[j] = _mm512_fmadd_pd(wide, wide, sums[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < 16; ++j) _mm512_storeu_pd(lanes + j * 8, sums[j]);
 }
 
 // bf16 by 32-bit words: the upper half of a word is an odd element as fp32, the lower half shifted up an even one.
@@ -103,39 +150,46 @@ PYSHARD_HD void add_bf16_block(double* __restrict__ lanes, const uint16_t* __res
   }
 }
 
-template <int32_t kDtype>
-PYSHARD_HD void add_block(double* __restrict__ lanes, const typename Element<kDtype>::Type* __restrict__ x) {
-  if constexpr (kDtype == kBfloat16) {
-    add_bf16_block(lanes, x);
-  } else {
-    __m512d sums[16] = {};
-    for (int64_t row = 0; row < kNormRows; ++row) {
-#pragma GCC unroll 16
-      for (int64_t j = 0; j < 16; ++j) {
-        const __m512d wide = load_wide<kDtype>(x + row * kNormLanes + j * 8);
-        sums[j] = _mm512_fmadd_pd(wide, wide, sums[j]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int64_t j = 0; j < 16; ++j) _mm512_storeu_pd(lanes + j * 8, sums[j]);
-  }
-}
 #else
 template <int32_t kDtype>
-PYSHARD_HD void add_block(double* __restrict__ lanes, const typename Element<kDtype>::Type* __restrict__ x) {
-  for (int64_t row = 0; row < kNormRows; ++row) add_squares<kDtype>(lanes, x + row * kNormLanes, kNormLanes);
+PYSHARD_HD void add_rows(double* __restrict__ lanes, const typename Element<kDtype>::Type* __restrict__ x,
+                         int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) add_squares<kDtype>(lanes, x + row * kNormLanes, kNormLanes);
 }
 #endif
 
+// A whole block; the lanes are 0 before.
 template <int32_t kDtype>
-double square_sum(const void* values, int64_t count) {
-  const auto* x = static_cast<const typename Element<kDtype>::Type*>(values);
-  double lanes[kNormLanes] = {};
-  if (count == kNormBlock) {
+PYSHARD_HD void add_block(double* __restrict__ lanes, const typename Element<kDtype>::Type* __restrict__ x) {
+#if defined(__AVX512F__)
+  if constexpr (kDtype == kBfloat16) return add_bf16_block(lanes, x);
+#endif
+  add_rows<kDtype>(lanes, x, kNormRows);
+}
+
+// Several sources are added up one row of lanes at a time: two of fp32 at 0.9 of the speed of a mere dot product, against
+// 0.65 by whole blocks.
+template <int32_t kDtype>
+double square_sum(uintptr_t base, const int64_t* deltas, int64_t sources, int64_t count) {
+  using Type = typename Element<kDtype>::Type;
+  const auto* x = reinterpret_cast<const Type*>(base + static_cast<uintptr_t>(deltas[0]));
+  alignas(64) double lanes[kNormLanes] = {};
+  alignas(64) float summed[kNormLanes];
+  if (sources == 1 && count == kNormBlock) {
     add_block<kDtype>(lanes, x);
-  } else {
-    for (int64_t row = 0; row < count; row += kNormLanes)
-      add_squares<kDtype>(lanes, x + row, count - row < kNormLanes ? count - row : kNormLanes);
+    return combine_lanes(lanes);
+  }
+  for (int64_t row = 0; row < count; row += kNormLanes) {
+    const int64_t width = count - row < kNormLanes ? count - row : kNormLanes;
+    if (sources == 1) {
+      add_squares<kDtype>(lanes, x + row, width);
+      continue;
+    }
+    reduce<kDtype>(base + static_cast<uintptr_t>(row) * sizeof(Type), deltas, sources, summed, width, false);
+    if (width == kNormLanes)
+      add_rows<kFloat32>(lanes, summed, 1);
+    else
+      add_squares<kFloat32>(lanes, summed, width);
   }
   return combine_lanes(lanes);
 }
@@ -189,6 +243,7 @@ const Kernels PYSHARD_JOIN(kernels_, PYSHARD_ISA) = {
     {nullptr, nullptr, nullptr, nullptr,  // fp32 weights have fp32 gradients
      PYSHARD_KINDS(4), PYSHARD_KINDS(8), PYSHARD_KINDS(12), PYSHARD_KINDS(16), PYSHARD_KINDS(20), PYSHARD_KINDS(24),
      PYSHARD_KINDS(28), PYSHARD_KINDS(32), PYSHARD_KINDS(36), PYSHARD_KINDS(40), PYSHARD_KINDS(44)},
+    {reduce<kFloat32>, reduce<kBfloat16>, reduce<kFloat16>},
     {square_sum<kFloat32>, square_sum<kBfloat16>, square_sum<kFloat16>},
     sum,
     {{nullptr, cast<kFloat32, kBfloat16>, cast<kFloat32, kFloat16>},

@@ -10,9 +10,12 @@ struct Kernels {
   const char* name;
   // Adam on elements [begin, end) of a row; null for kinds that do not exist.
   void (*adam[kKinds])(const AdamRow& row, const AdamScalars& scalars, int64_t begin, int64_t end);
-  // Sum of squares of up to kNormBlock elements, in the order of the lanes. Squares of finite floats cannot overflow
-  // a double: the sum is inf or NaN exactly if an element is.
-  double (*square_sum[kDtypes])(const void* values, int64_t count);
+  // out[i] = s0[i] + s1[i] + ... for i < n, or with `more` out[i] + s0[i] + s1[i] + ...: in fp32, from the left, each sum
+  // rounded. There is at least one source; source k lies at base + deltas[k], and out overlaps none.
+  void (*reduce[kDtypes])(uintptr_t base, const int64_t* deltas, int64_t sources, float* out, int64_t n, bool more);
+  // Sum of squares of up to kNormBlock elements, each the sum over sources as above, in the order of the lanes. Squares
+  // of finite floats cannot overflow a double: the sum is inf or NaN exactly if an element is.
+  double (*square_sum[kDtypes])(uintptr_t base, const int64_t* deltas, int64_t sources, int64_t count);
   // The same order, plain sum.
   double (*sum)(const double* values, int64_t count);
   // dst[i] = convert(src[i]) on [begin, end); by [from][to].

@@ -6,7 +6,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 #include "float_mode.h"
 
@@ -18,6 +23,10 @@ namespace {
 constexpr int64_t kSerialElements = 16384;
 // Ranges are cut at multiples of this, so that two threads never write to one cache line.
 constexpr int64_t kGrain = 1024;
+// Elements that are summed, updated and sent to peers at a time: so few that no memory stream pauses for long. With 7 M
+// fp32 elements, 2 sources and 1 target, 128 took 3.9 ms, as would a single loop; 512 4.2 ms, 2048 4.6 ms, 32 4.3 ms.
+constexpr int64_t kBlock = 128;
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found{&kernels_baseline};
@@ -76,43 +85,70 @@ void walk(int64_t items, int64_t begin, int64_t end, const Size& size, const Vis
   }
 }
 
-double sum_blocks(const Kernels& kernels, std::vector<double> values) {
-  while (values.size() > 1) {
-    std::vector<double> sums;
-    for (size_t i = 0; i < values.size(); i += kNormBlock)
-      sums.push_back(kernels.sum(&values[i], std::min<int64_t>(kNormBlock, values.size() - i)));
-    values.swap(sums);
-  }
-  return values.empty() ? 0.0 : values[0];
-}
-
 constexpr int64_t kBytes[kDtypes] = {4, 2, 2};
 
-// Shared by both forms: values(item) gives the tensor.
-template <class At>
-double square_sum(int64_t count, int threads, const At& at) {
-  const Kernels& kernels = *chosen();
-  const auto blocks_of = [&](int64_t item) { return (at(item).n + kNormBlock - 1) / kNormBlock; };
-  int64_t elements = 0, blocks = 0;
-  for (int64_t item = 0; item < count; ++item) {
-    elements += at(item).n;
-    blocks += blocks_of(item);
+template <class T>
+T* moved(T* pointer, int64_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(pointer) + static_cast<uintptr_t>(bytes));
+}
+
+// Elements from `begin` on as a row of their own.
+AdamRow rest_of(const AdamRow& row, int64_t begin) {
+  const int32_t format = row.kind >> 3;
+  AdamRow rest = row;
+  rest.param = moved(row.param, begin * kBytes[param_dtype(format)]);
+  rest.low = moved(row.low, begin * (format == kBf16Split ? 2 : 4));
+  rest.grad = moved(row.grad, begin * kBytes[grad_dtype(row.kind)]);
+  rest.exp_avg = moved(row.exp_avg, begin * 4);
+  rest.exp_avg_sq = moved(row.exp_avg_sq, begin * 4);
+  rest.max_exp_avg_sq = moved(row.max_exp_avg_sq, begin * 4);
+  rest.n -= begin;
+  return rest;
+}
+
+// Copies to memory that this core will not read. Whole cache lines go past the caches, which saves fetching them first:
+// 14 M fp32 elements, 2 sources, 1 target took 8.3 ms instead of 9.2 with plain stores.
+void send(void* to, const void* from, int64_t bytes) {
+  auto* dst = static_cast<char*>(to);
+  const auto* src = static_cast<const char*>(from);
+#if defined(__x86_64__)
+  const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(dst) % kLine, bytes);
+  std::memcpy(dst, src, head);
+  for (dst += head, src += head, bytes -= head; bytes >= kLine; dst += kLine, src += kLine, bytes -= kLine)
+    for (int64_t i = 0; i < kLine; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
+#endif
+  std::memcpy(dst, src, bytes);
+}
+
+// After it, what was sent comes before all later stores in the eyes of other cores.
+void end_sending() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+void exchange_adam(const Kernels& kernels, const AdamRow& row, const AdamScalars& scalars, const Deltas& sources,
+                   const Deltas& targets, int64_t first, int64_t last) {
+  alignas(kLine) float sum[kBlock];
+  const int64_t width = kBytes[param_dtype(row.kind >> 3)];
+  for (int64_t begin = first; begin < last;) {
+    AdamRow block = rest_of(row, begin);
+    const int64_t past_line = reinterpret_cast<uintptr_t>(block.param) % kLine / width;  // whole lines from then on
+    const int64_t n = std::min(last - begin, kBlock - past_line);
+    int32_t kind = row.kind;
+    if (sources.size() == 1) {
+      block.grad = moved(block.grad, sources[0]);
+    } else {
+      kernels.reduce[grad_dtype(kind)](reinterpret_cast<uintptr_t>(block.grad), sources.data(), sources.size(), sum, n,
+                                       false);
+      block.grad = sum;
+      kind |= 4;  // an fp32 gradient
+    }
+    kernels.adam[kind](block, scalars, 0, n);
+    for (const int64_t target : targets) send(moved(block.param, target), block.param, n * width);
+    begin += n;
   }
-  std::vector<double> sums(blocks);
-  on_threads(useful_threads(elements, threads), [&](int part, int parts) {
-    int64_t out = cut(blocks, part, parts, 1);
-    walk(count, out, cut(blocks, part + 1, parts, 1), blocks_of, [&](int64_t item, int64_t first, int64_t last) {
-      const Values values = at(item);
-      const char* data = static_cast<const char*>(values.data);
-      for (int64_t block = first; block < last; ++block) {
-        const int64_t start = block * kNormBlock;
-        sums[out++] = kernels.square_sum[values.dtype](data + start * kBytes[values.dtype],
-                                                       std::min(kNormBlock, values.n - start));
-      }
-    });
-  });
-  DefaultFloatMode mode;
-  return sum_blocks(kernels, std::move(sums));
 }
 
 }  // namespace
@@ -137,26 +173,76 @@ void set_cpu_isa(const std::string& name) {
   throw std::invalid_argument("pyshard: instruction set '" + name + "' cannot run here; expected one of: " + known);
 }
 
-double cpu_square_sum(const AdamRow* rows, int64_t count, int threads) {
-  return square_sum(count, threads, [rows](int64_t item) {
-    return Values{rows[item].grad, rows[item].n, grad_dtype(rows[item].kind)};
-  });
-}
-
-double cpu_square_sum(const std::vector<Values>& tensors, int threads) {
-  return square_sum(static_cast<int64_t>(tensors.size()), threads, [&](int64_t item) { return tensors[item]; });
-}
-
-void cpu_adam(const AdamRow* rows, int64_t count, const AdamScalars* scalars, int threads) {
+std::vector<double> cpu_block_sums(const std::vector<Values>& tensors, const Deltas& sources, int threads) {
   const Kernels& kernels = *chosen();
+  const auto blocks_of = [&](int64_t item) { return (tensors[item].n + kNormBlock - 1) / kNormBlock; };
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  int64_t elements = 0, blocks = 0;
+  for (int64_t item = 0; item < count; ++item) {
+    elements += tensors[item].n;
+    blocks += blocks_of(item);
+  }
+  std::vector<double> sums(blocks);
+  on_threads(useful_threads(elements, threads), [&](int part, int parts) {
+    int64_t out = cut(blocks, part, parts, 1);
+    walk(count, out, cut(blocks, part + 1, parts, 1), blocks_of, [&](int64_t item, int64_t first, int64_t last) {
+      const Values& values = tensors[item];
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t start = block * kNormBlock, n = std::min(kNormBlock, values.n - start);
+        const auto data = reinterpret_cast<uintptr_t>(values.data) + start * kBytes[values.dtype];
+        sums[out++] = kernels.square_sum[values.dtype](data, sources.data(), sources.size(), n);
+      }
+    });
+  });
+  return sums;
+}
+
+double cpu_sum_blocks(std::vector<double> values) {
+  const Kernels& kernels = *chosen();
+  DefaultFloatMode mode;
+  while (values.size() > 1) {
+    std::vector<double> sums;
+    for (size_t i = 0; i < values.size(); i += kNormBlock)
+      sums.push_back(kernels.sum(&values[i], std::min<int64_t>(kNormBlock, values.size() - i)));
+    values.swap(sums);
+  }
+  return values.empty() ? 0.0 : values[0];
+}
+
+void cpu_adam(const AdamRow* rows, int64_t count, const AdamScalars* scalars, const Deltas& sources,
+              const Deltas& targets, int threads) {
+  const Kernels& kernels = *chosen();
+  const bool alone = sources == Deltas{0} && targets.empty();
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += rows[i].n;
   on_ranges(total, threads, [&](int64_t begin, int64_t end) {
     walk(
         count, begin, end, [rows](int64_t i) { return rows[i].n; },
         [&](int64_t i, int64_t first, int64_t last) {
-          kernels.adam[rows[i].kind](rows[i], scalars[rows[i].hyper], first, last);
+          const AdamScalars& s = scalars[rows[i].hyper];
+          if (alone)
+            kernels.adam[rows[i].kind](rows[i], s, first, last);
+          else
+            exchange_adam(kernels, rows[i], s, sources, targets, first, last);
         });
+    if (!targets.empty()) end_sending();
+  });
+}
+
+void cpu_reduce(const std::vector<uintptr_t>& sources, Dtype dtype, float* out, int64_t n, bool accumulate,
+                int threads) {
+  const Kernels& kernels = *chosen();
+  const Deltas at(sources.begin(), sources.end());
+  const int64_t count = static_cast<int64_t>(at.size());
+  on_ranges(n, threads, [&](int64_t begin, int64_t end) {
+    alignas(kLine) float sum[kBlock];
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t size = std::min(kBlock, end - i);
+      const auto from = static_cast<uintptr_t>(i * kBytes[dtype]);
+      kernels.reduce[dtype](from, at.data(), count, accumulate ? sum : out + i, size, false);
+      const int64_t summed = static_cast<int64_t>(reinterpret_cast<uintptr_t>(sum));
+      if (accumulate) kernels.reduce[kFloat32](0, &summed, 1, out + i, size, true);
+    }
   });
 }
 

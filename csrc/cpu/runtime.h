@@ -15,18 +15,30 @@ std::string cpu_isa();
 // Chooses the instruction set of all later calls; throws std::invalid_argument for one that cannot run here.
 void set_cpu_isa(const std::string& name);
 
-// Sum of the squares of all gradients, in the fixed order of the blocks; inf or NaN exactly if an element is.
-double cpu_square_sum(const AdamRow* rows, int64_t count, int threads);
-// The same over bare values: each of count tensors has a pointer, a length and a dtype.
 struct Values {
   const void* data;
   int64_t n;
   Dtype dtype;
 };
-double cpu_square_sum(const std::vector<Values>& tensors, int threads);
+// Byte distances from an array to others like it, in an order that counts; to the gradients of all ranks, for one.
+using Deltas = std::vector<int64_t>;
 
-// One Adam step of every row; scalars are indexed by AdamRow::hyper.
-void cpu_adam(const AdamRow* rows, int64_t count, const AdamScalars* scalars, int threads);
+// Sums of squares of the blocks of every tensor, tensor after tensor. With several sources, what is squared is the
+// fp32 sum, in their order, of the arrays at these distances from the tensor.
+std::vector<double> cpu_block_sums(const std::vector<Values>& tensors, const Deltas& sources, int threads);
+// Their total in the fixed order; inf or NaN exactly if an element is.
+double cpu_sum_blocks(std::vector<double> sums);
+
+// One Adam step of every row; scalars are indexed by AdamRow::hyper. The gradient is the fp32 sum, in their order, of the
+// arrays at the distances `sources` from AdamRow::grad; the new param is also written at the distances `targets` from
+// AdamRow::param.
+void cpu_adam(const AdamRow* rows, int64_t count, const AdamScalars* scalars, const Deltas& sources,
+              const Deltas& targets, int threads);
+
+// out[i] = s0[i] + s1[i] + ... in fp32, in the order of the sources, each sum rounded; with accumulate out[i] + that.
+// No source overlaps out.
+void cpu_reduce(const std::vector<uintptr_t>& sources, Dtype dtype, float* out, int64_t n, bool accumulate,
+                int threads);
 
 void cpu_cast(const void* src, Dtype from, void* dst, Dtype to, int64_t n, int threads);
 void cpu_split(const float* master, uint16_t* high, int16_t* low, int64_t n, int threads);

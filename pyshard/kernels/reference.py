@@ -6,6 +6,7 @@ csrc/adam.h's, line for line; no lerp, addcmul or alpha=, because those may fuse
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -168,19 +169,36 @@ def _padded(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, size - values.numel())).view(-1, NORM_BLOCK)
 
 
-def square_sum(grads: list[Tensor]) -> Tensor:
-    """Sum of squares of all gradients as a 0-d double, in the fixed order of blocks; inf or NaN if an element is.
+def reduce(sources: Sequence[Tensor]) -> Tensor:
+    """s0 + s1 + s2 + ... in fp32, from the left, each sum rounded; of one source its values in fp32."""
+    total = sources[0].float()
+    for source in sources[1:]:
+        total = total + source.float()
+    return total
+
+
+def block_sums(grads: Sequence[Tensor]) -> Tensor:
+    """One double per block of 4096 elements of each gradient, in order: the sum of its squares. Shape [blocks].
 
     Gradients are read in the order of memory, which for dense tensors is the order of their elements' addresses.
     """
-    parts = []
+    parts = [torch.zeros(0, dtype=torch.float64, device=grads[0].device if grads else None)]
     for grad in grads:
         flat = in_memory_order(grad).double()
         parts.append(_lanes(_padded(flat * flat)))
-    values = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(parts)
+
+
+def sum_blocks(values: Tensor) -> Tensor:
+    """The total of block_sums() as a 0-d double, in the fixed order; 0 of no blocks."""
     while values.numel() > 1:
         values = _lanes(_padded(values))
     return values.sum()
+
+
+def square_sum(grads: Sequence[Tensor]) -> Tensor:
+    """Sum of squares of all gradients as a 0-d double, in the fixed order of blocks; inf or NaN if an element is."""
+    return sum_blocks(block_sums(grads))
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
