@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "comm/bindings.h"
 #include "cpu/runtime.h"
 #include "cuda/bindings.h"
 #include "table.h"
@@ -151,4 +152,5 @@ PYBIND11_MODULE(_C, m) {
   pyshard::bind_cpu(m);
   pyshard::bind_table(m);
   pyshard::bind_cuda(m);
+  pyshard::bind_comm(m);
 }
