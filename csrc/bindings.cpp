@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "comm/bindings.h"
 #include "cpu/runtime.h"
 #include "cuda/bindings.h"
 #include "table.h"
@@ -184,4 +185,5 @@ PYBIND11_MODULE(_C, m) {
   pyshard::bind_cpu(m);
   pyshard::bind_table(m);
   pyshard::bind_cuda(m);
+  pyshard::bind_comm(m);
 }
