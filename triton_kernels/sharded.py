@@ -84,12 +84,13 @@ def sharded_adam_kernel(
     if go_on:
         if tl.load(control + SKIP) == 0.0:
             # Programs that stay for several blocks ask and report once.
-            for block in range(program, n_blocks, programs):
+            block = program.to(tl.int64)
+            while block < n_blocks:
                 adam_of_block(
                     rows,
                     first_block,
                     n_rows,
-                    block.to(tl.int64),
+                    block,
                     scalars,
                     source_deltas,
                     target_deltas,
@@ -99,6 +100,7 @@ def sharded_adam_kernel(
                     SOURCES,
                     TARGETS,
                 )
+                block += programs
     if WRITTEN:
         tl.debug_barrier()  # of all threads' stores, before one thread counts them as done
         if tl.atomic_add(state + DONE, 1, sem="acq_rel", scope="sys") == programs - 1:

@@ -86,7 +86,7 @@ def await_flags(buffers, offset, value, me, world, state, limit, operation):
                     if gone != 0:
                         failure = gone + ABORTED
                     elif late & (seen < value):
-                        failure = (peer + 1).to(tl.int64)
+                        failure = failure + (peer + 1)
         if failure != 0:
             failure = failure + (operation.to(tl.int64) << OPERATION)
             tl.store(state + FAILED, failure)

@@ -311,7 +311,7 @@ class SymmMemArena(Arena):
     def __init__(self, transport: SymmMemTransport, param_bytes: int, slot_bytes: int, slots: int):
         self._transport = transport
         world, me = transport.world, transport.rank
-        self._slot_bytes = slot_bytes
+        self.slot_bytes, self.slots = slot_bytes, slots
         flags = [(_WORD * world * i) for i in range(2 * slots + 1)]
         self._ready, self._read, self._written = flags[:slots], flags[slots:-1], flags[-1]
         self._flag_bytes = _WORD * world * (2 * slots + 1)
@@ -333,7 +333,7 @@ class SymmMemArena(Arena):
 
     def slot(self, index: int) -> Tensor:
         begin = self._slots[index]
-        return self._own[begin : begin + self._slot_bytes]
+        return self._own[begin : begin + self.slot_bytes]
 
     def acquire(self, index: int, operation: str, block: bool = True) -> bool:
         self._transport.check()
