@@ -5,7 +5,6 @@ import io
 import math
 import multiprocessing as mp
 import pickle
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
