@@ -8,7 +8,8 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from reference import assert_same_bits
 from torch import Tensor
 
 from pyshard.comm import PeerError
-from pyshard.comm.symm_mem import SymmMemArena, SymmMemTransport, available
+from pyshard.comm.symm_mem import SymmMemTransport, available
 from pyshard.kernels import reference, triton_sharded
 from pyshard.kernels.formats import unpack_kind
 
@@ -109,15 +110,10 @@ class Sharded:
         """New gradients: this rank's into its slot, all ranks' sum into the reference."""
         memory = self.arena.slot(slot)
         for part in self.parts:
-            grads = [
-                values_of(self.rng, part.row.n, part.arrays["grad"].dtype) for _ in range(self.transport.world)
-            ]
+            grads = [values_of(self.rng, part.row.n, part.arrays["grad"].dtype) for _ in range(self.transport.world)]
             data = raw(grads[self.transport.rank])
             memory[part.grad_at : part.grad_at + data.numel()] = data
-            total = grads[0].float()
-            for grad in grads[1:]:
-                total = total + grad.float()
-            part.arrays["sum"] = total
+            part.arrays["sum"] = reference.reduce(grads)
 
     def table(self, grads: int) -> tuple[Tensor, list[int]]:
         """int64 [rows, 8] of what this rank owns, with gradients in memory that begins at `grads`."""
@@ -194,3 +190,279 @@ def steps(rank: int, world: int, rows: list[Row], seed: int, count: int, fused: 
         sharded.step(fused, skip=i == 2)
     transport.exchange(b"", "end")
     transport.close()
+
+
+# ---- slots, sums, messages ----
+
+
+def spans_of(numel: int, size: int, world: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Uneven runs of whole elements, one of them empty where there are more than two."""
+    cuts = [0, *sorted(int(c) for c in rng.integers(0, numel + 1, world - 1)), numel]
+    if world > 2:
+        cuts[1] = cuts[2]
+    return [(a * size, b * size) for a, b in pairwise(cuts)]
+
+
+def ring(rank: int, world: int, seed: int, dtype: torch.dtype, rounds: int) -> None:
+    """Messages through three slots, summed up late: every second one is added to the one before."""
+    transport, rng = connect(), np.random.default_rng(seed)
+    numel, slots = 2500, 3
+    arena = transport.arena(16, numel * dtype.itemsize, slots)
+    waiting: list[tuple[int, Tensor, tuple[int, int]]] = []
+    out = torch.full((0,), 0.0)
+
+    def collect(number: int) -> None:
+        nonlocal out
+        slot, want, (begin, end) = waiting.pop(0)
+        assert arena.arrive(slot, f"message {number}")
+        views = [source.view(dtype) if source.numel() else source.to(dtype) for source in arena.sources(slot)]
+        assert [view.numel() for view in views] == [(end - begin) // dtype.itemsize] * world
+        again = number % 2 == 1 and out.numel() == views[0].numel()
+        before = out.clone()
+        out = out if again else torch.full((views[0].numel(),), float("nan"))
+        triton_sharded.reduce(views, out, accumulate=again)
+        arena.release(slot)
+        assert_same_bits(out, before + want if again else want, f"rank {rank}, message {number}")
+
+    spans = spans_of(numel, dtype.itemsize, world, rng)
+    for number in range(rounds):
+        if number % 4 == 0:
+            spans = spans_of(numel, dtype.itemsize, world, rng)
+        slot = number % slots
+        if len(waiting) == slots:
+            collect(number - slots)
+        assert arena.acquire(slot, f"message {number}, slot")
+        values = [values_of(rng, numel, dtype) for _ in range(world)]
+        arena.slot(slot).copy_(raw(values[rank]))
+        doze(rank, number)
+        arena.send(slot, spans, f"message {number}, send")
+        begin, end = spans[rank]
+        want = reference.reduce([value[begin // dtype.itemsize : end // dtype.itemsize] for value in values]).clone()
+        waiting.append((slot, want, (begin, end)))
+    for number in range(rounds - slots, rounds):
+        collect(number)
+    transport.exchange(b"", "end")
+
+
+def epochs(rank: int, world: int, rounds: int) -> None:
+    """One slot, many rounds: what is read is always what was sent in this round."""
+    transport = connect()
+    arena = transport.arena(8 * world, 8, 1)
+    own, params = arena.slot(0).view(torch.int64), arena.params.view(torch.int64)
+    for number in range(1, rounds + 1):
+        arena.acquire(0, "slot")
+        own.fill_(1000 * number + rank)
+        doze(rank, number, 0.003)
+        arena.send(0, [(0, 8)] * world, "send")
+        arena.arrive(0, "arrive")
+        got = [int(source.view(torch.int64)) for source in arena.sources(0)]
+        assert got == [1000 * number + r for r in range(world)]
+        arena.release(0)
+        for target in [arena.params, *arena.targets]:
+            target.view(torch.int64)[rank] = number
+        arena.published(arena.publish(0, 8 * world, [], "publish"), "publish")
+        assert params.tolist() == [number] * world
+        if number % 5 == 0:  # also keeps the next round's parameters from those who have not looked yet
+            parts = transport.exchange(bytes([rank, number % 256]), "exchange")
+            assert parts == [bytes([r, number % 256]) for r in range(world)]
+            assert transport.exchange(b"", "nothing") == [b""] * world
+
+
+def square_sums(rank: int, world: int, seed: int, offset: int) -> None:
+    """Block sums over summed gradients of every dtype, against the plain reference."""
+    transport, rng = connect(), np.random.default_rng(seed)
+    arena = transport.arena(16, 80_000, 1)
+    rows, sums, at = [], [], 64
+    for kind, n in ((4, 4096), (8, 5000), (12, 129), (24, 4097), (28, 1), (40, 8192)):
+        dtype = unpack_kind(kind)[1]
+        at += offset * dtype.itemsize
+        values = [torch.from_numpy(rng.standard_normal(n).astype(np.float32)).to(dtype) for _ in range(world)]
+        arena.slot(0)[at : at + n * dtype.itemsize] = raw(values[rank])
+        rows.append([0, 0, arena.slot(0).data_ptr() + at, 0, 0, 0, n, kind])
+        sums.append(reference.reduce(values))
+        at += -(-n * dtype.itemsize // 64) * 64
+    arena.send(0, [], "send")
+    arena.arrive(0, "arrive")
+    blocks = first_block([row[6] for row in rows], NORM_BLOCK)
+    got = torch.full((int(blocks[-1]),), float("nan"), dtype=torch.float64)
+    triton_sharded.square_sum(torch.tensor(rows), blocks, got, offset == 0, arena.source_deltas)
+    want = [float(reference.square_sum([block])) for total in sums for block in total.split(NORM_BLOCK)]
+    assert got.tolist() == want
+    transport.exchange(b"", "end")
+
+
+def looking(rank: int, world: int) -> None:
+    """block=False tells what is so, and neither waits nor changes anything."""
+    transport = connect()
+    arena = transport.arena(16, 16, 1)
+    assert arena.acquire(0, "slot", block=False)  # never used
+    if rank == 0:
+        arena.send(0, [(0, 16)] * world, "send")
+        assert not arena.arrive(0, "arrive", block=False)  # rank 1 sends after the exchange
+        assert not arena.acquire(0, "slot", block=False)  # this rank itself has not released it
+        try:
+            arena.acquire(0, "slot")
+        except RuntimeError as error:
+            assert "call release() first" in str(error)
+        else:
+            raise AssertionError("a slot was given that is still in use")
+    transport.exchange(b"", "1")
+    if rank != 0:
+        arena.send(0, [(0, 16)] * world, "send")
+    transport.exchange(b"", "2")
+    assert arena.arrive(0, "arrive", block=False)
+    if rank == 0:
+        arena.release(0)
+        assert not arena.acquire(0, "slot", block=False)  # rank 1 still reads
+    transport.exchange(b"", "3")
+    if rank != 0:
+        arena.release(0)
+    transport.exchange(b"", "4")
+    assert arena.acquire(0, "slot", block=False)
+
+
+def subgroup(rank: int, world: int, members: list[int]) -> list[int]:
+    """Only some ranks, in a group of their own; returns the global ranks that the transport knows."""
+    group = dist.new_group(members)
+    if rank not in members:
+        return []
+    transport = connect(group=group)
+    assert transport.rank == members.index(rank) and transport.world == len(members)
+    assert transport.exchange(bytes([rank]), "exchange") == [bytes([r]) for r in members]
+    arena = transport.arena(16, 16, 1)
+    arena.slot(0).fill_(rank)
+    arena.send(0, [(0, 16)] * len(members), "send")
+    arena.arrive(0, "arrive")
+    assert [int(source[15]) for source in arena.sources(0)] == members
+    transport.exchange(b"", "end")
+    return transport.ranks
+
+
+# ---- what cannot be ----
+
+
+def reasons(rank: int, world: int) -> list[str | None]:
+    """What available() says: here, where one rank is elsewhere, where one has tensors that nobody serves."""
+    from pyshard.comm import symm_mem
+
+    found = [available(None, CPU), available(None, torch.device("meta") if rank == 1 else CPU)]
+    if rank == 1:
+        symm_mem._host = lambda: "another"
+    made = SymmMemTransport.create(None, CPU, TIMEOUT)
+    assert isinstance(made, str)
+    return [*found, made]
+
+
+def too_large(rank: int, world: int) -> None:
+    """One rank cannot have the memory: an error on all, and the transport goes on."""
+    import resource
+
+    transport = connect()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        transport.arena(1 << 19, 1 << 19, 2)
+    except MemoryError as error:
+        assert "rank 1" in str(error) and "collective" in str(error), error
+    else:
+        raise AssertionError("rank 1 had no room")
+    arena = transport.arena(1 << 10, 1 << 10, 2)
+    arena.send(0, [(0, 1)] * world, "send")
+    arena.arrive(0, "arrive")
+    transport.exchange(b"", "end")
+
+
+def expect_error(act: Callable[[], object], culprit: int, operation: str) -> str:
+    """Runs what must raise PeerError; returns its message."""
+    try:
+        act()
+    except PeerError as error:
+        assert error.rank == culprit, (error.rank, str(error))
+        assert error.operation == operation, error.operation
+        assert f"rank {culprit}" in str(error) and operation in str(error), str(error)
+        return str(error)
+    raise AssertionError(f"{operation}: no PeerError")
+
+
+def silent(rank: int, world: int, seed: int, fused: bool) -> None:
+    """The last rank never sends the second time: the others learn it, and their parameters stay as they were."""
+    transport = connect()
+    sharded = Sharded(transport, [Row(4, 2500), Row(8, 1300)], seed)
+    sharded.step(fused)
+    transport.exchange(b"", "one step")
+    if rank != world - 1:
+        transport.timeout = 2.0
+        sharded.arena._peers = replace(sharded.arena._peers, limit=2 * 10**9)
+        sharded.arena.acquire(1, "slot")
+        sharded.draw(1)
+        sharded.arena.send(1, [], "send")
+        text = "step 1"
+        if fused:
+            sharded.launch(1, True)  # leaves by itself; the next look of the host raises
+            message = expect_error(lambda: sharded.arena.acquire(0, "slot"), world - 1, text)
+        else:
+            message = expect_error(lambda: sharded.launch(1, False), world - 1, text)
+        assert "has not answered for 2 s" in message
+        sharded.check()
+        # Whatever is launched now leaves at once as well.
+        rows, sizes = sharded.table(sharded.arena.slot(1).data_ptr())
+        blocks, arena = first_block(sizes, ADAM_BLOCK), sharded.arena
+        triton_sharded.adam(
+            *(rows, blocks, int(blocks[-1]), scalars_of(HYPERS, SCALE), control_of(), sharded.kinds, True),
+            *(arena.source_deltas, arena.target_deltas, transport.state),
+        )
+        triton_sharded.signal(arena._peers, triton_sharded.Flags(arena._written, 1000))
+        sharded.check()
+        for act in (lambda: transport.exchange(b"", "x"), lambda: transport.arena(8, 8, 1), lambda: arena.release(1)):
+            expect_error(act, world - 1, text)
+    else:
+        time.sleep(6.0)
+        sharded.check()  # nobody has written to this rank either
+        assert not (sharded.arena._own[sharded.arena._written :][: 8 * world].view(torch.int64) >= 1000).any()
+
+
+def killed(rank: int, world: int, victim: int) -> None:
+    """A rank dies; who waits for it on the device is told by who waits for it on the host, long before the timeout."""
+    transport = connect()
+    arena = transport.arena(16, 16, 1)
+    transport.exchange(b"", "start")
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0:
+        expect_error(lambda: transport.exchange(b"", "beginning of step"), victim, "beginning of step")
+    else:
+        arena.send(0, [(0, 16)] * world, "send")
+        message = expect_error(lambda: arena.arrive(0, "reduction"), victim, "reduction")
+        assert "another rank has found" in message  # and no timeout
+
+
+def aborted(rank: int, world: int) -> None:
+    """A rank says that it has failed: kernels stop waiting, and the text arrives."""
+    transport = connect()
+    arena = transport.arena(16, 16, 1)
+    transport.exchange(b"", "start")
+    if rank == 1:
+        doze(rank, 0, 0.3)
+        transport.abort("ValueError: a gradient of the wrong shape")
+        transport.abort("and once more")
+        time.sleep(5)
+    else:
+        arena.send(0, [(0, 16)] * world, "send")
+        message = expect_error(lambda: arena.arrive(0, "reduction"), 1, "reduction")
+        assert "has failed: ValueError: a gradient of the wrong shape" in message, message
+
+
+def closed(rank: int, world: int) -> None:
+    transport = connect()
+    arena = transport.arena(16, 16, 1)
+    transport.exchange(b"", "end")
+    transport.close()
+    transport.close()
+    for act in (lambda: transport.exchange(b"", "x"), lambda: arena.send(0, [], "x")):
+        try:
+            act()
+        except RuntimeError as error:
+            assert "close()" in str(error)
+        else:
+            raise AssertionError("used after close()")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import ranks
 import symm_ranks
+import torch
 from cuda_tables import HYPERS, Row
 
 from pyshard.kernels import triton
@@ -29,3 +30,33 @@ def rows_of(kinds: tuple[int, ...], rng: np.random.Generator, offset: int) -> li
 def test_steps(world: int, fused: bool, rng: np.random.Generator, seed: int) -> None:
     kinds = VALID_KINDS[(world + fused) % 5 :: 5]
     ranks.run(symm_ranks.steps, world, rows_of(kinds, rng, 0), seed, 4, fused)
+
+
+def test_steps_of_unaligned_rows(rng: np.random.Generator, seed: int) -> None:
+    ranks.run(symm_ranks.steps, 2, rows_of(VALID_KINDS[3::7], rng, 1), seed, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (3, torch.float32), (4, torch.float16)]
+)
+def test_messages_through_a_ring_of_slots(world: int, dtype: torch.dtype, seed: int) -> None:
+    ranks.run(symm_ranks.ring, world, seed, dtype, 12)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_many_rounds_on_the_same_flags(world: int) -> None:
+    ranks.run(symm_ranks.epochs, world, 60)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_square_sums_of_summed_gradients(offset: int, seed: int) -> None:
+    ranks.run(symm_ranks.square_sums, 3, seed, offset)
+
+
+def test_looking_does_not_wait() -> None:
+    ranks.run(symm_ranks.looking, 2)
+
+
+def test_a_subgroup_speaks_of_global_ranks() -> None:
+    outcomes = ranks.run(symm_ranks.subgroup, 4, [1, 3])
+    assert [outcome.value for outcome in outcomes] == [[], [1, 3], [], [1, 3]]

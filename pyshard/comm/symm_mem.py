@@ -201,7 +201,11 @@ class SymmMemTransport(Transport):
         problem, buffers = "", []
         file = os.memfd_create("pyshard")
         try:
-            os.ftruncate(file, nbytes)
+            try:
+                os.ftruncate(file, nbytes)
+            except OSError as error:
+                problem = str(error)
+            self._agree(problem, f"{nbytes:,} bytes of host memory")
             for place in _tell(self._wire, f"/proc/{os.getpid()}/fd/{file}", "mapping memory"):
                 try:
                     with open(place, "r+b") as other:
