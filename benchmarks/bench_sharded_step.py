@@ -7,7 +7,8 @@ import importlib.util
 
 import pytest
 
-from benchmarks.distributed_entries import ALONE, DDP, FSDP2, GPT2, TINY, UNSHARDED, ZERO, Field, Way, share, times
+from benchmarks.distributed_entries import ALONE, DDP, FSDP2, UNSHARDED, ZERO, Field, Way, share, times
+from benchmarks.distributed_model import GPT2, TINY
 from benchmarks.distributed_ranks import Ranks
 from benchmarks.results import Case
 

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 
 from benchmarks import machine
+from benchmarks.distributed_model import Work
 from benchmarks.distributed_ranks import Ranks
-from benchmarks.distributed_ways import Work
 from benchmarks.harness import Absent, Contestant, Run
 from benchmarks.results import Target, ratio
 
 STEPS = 2  # timed steps per sample, after one without the clock
-GPT2 = Work(layers=6, width=384, heads=6, vocabulary=8192, positions=256, batch=2, length=64)  # 13.9 M parameters
-TINY = Work(layers=2, width=32, heads=2, vocabulary=256, positions=8, batch=1, length=8, hugging_face=False)
 
 ALONE, UNSHARDED, DDP = "forward + backward", "torch fused, unsharded", "DDP"
 ZERO, FSDP2 = "DDP + ZeroRedundancyOptimizer", "FSDP2"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,73 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.distributed_model import Work
 from benchmarks.distributed_training import Training, pss
 from benchmarks.peers import HYPER
 
-BATCHES = 8
 SMALL = {"layers": 1, "width": 16, "heads": 2, "vocabulary": 64}
-
-
-@dataclass(frozen=True)
-class Work:
-    """Model and batch of one rank."""
-
-    layers: int
-    width: int
-    heads: int
-    vocabulary: int
-    positions: int
-    batch: int
-    length: int
-    dtype: str = "float32"
-    hugging_face: bool = True  # or the demo's model, which needs nothing beyond torch
-
-    def title(self) -> str:
-        kind = "GPT2LMHeadModel" if self.hugging_face else "the demo's GPT"
-        shape = f"{self.layers} layers of width {self.width}, vocabulary {self.vocabulary:,}"
-        return f"{kind}, {shape}, {self.batch} x {self.length} tokens per rank"
-
-    def model(self) -> tuple[nn.Module, list[nn.Module], Callable[[nn.Module, Tensor], Tensor]]:
-        """A model with the same values on all ranks, its blocks, and how it gives the loss of a batch."""
-        torch.manual_seed(0)
-        build = self._gpt2 if self.hugging_face else self._demo
-        model, blocks, loss = build()
-        return model.to(getattr(torch, self.dtype)), blocks, loss
-
-    def _gpt2(self) -> tuple[nn.Module, list[nn.Module], Callable[[nn.Module, Tensor], Tensor]]:
-        transformers = importlib.import_module("transformers")
-        config = transformers.GPT2Config(
-            n_layer=self.layers,
-            n_head=self.heads,
-            n_embd=self.width,
-            vocab_size=self.vocabulary,
-            n_positions=self.positions,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-        )
-        model = transformers.GPT2LMHeadModel(config).train()
-        return model, list(model.transformer.h), lambda module, tokens: module(tokens, labels=tokens).loss
-
-    def _demo(self) -> tuple[nn.Module, list[nn.Module], Callable[[nn.Module, Tensor], Tensor]]:
-        from benchmarks.bench_interleaved import demo_model
-
-        model = demo_model()(layers=self.layers, width=self.width, heads=self.heads, context=self.length)
-
-        def loss(module: nn.Module, tokens: Tensor) -> Tensor:
-            logits = module(tokens).float()
-            return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-        return model, list(model.blocks), loss
-
-    def batches(self) -> list[Tensor]:
-        """Different ones on each rank."""
-        generator = torch.Generator().manual_seed(1 + dist.get_rank())
-        shape = (self.batch, self.length)
-        return [torch.randint(self.vocabulary, shape, generator=generator) for _ in range(BATCHES)]
 
 
 def build(way: str, work: dict[str, Any], options: dict[str, Any]) -> Training:
