@@ -8,11 +8,12 @@ same order on all ranks.
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .shards import Generation
+from .shards import Generation, Shard
 
 # Slots of a generation. With three a rank can fill one while another is on its way and a third is summed up.
 SLOTS = 3
@@ -37,6 +38,7 @@ class Reducer:
         self.slots = slots
         self.sent = 0  # since ever: gives each message its slot
         self.waiting: deque[tuple[int, int]] = deque()  # (slot, bucket) on their way
+        self.summed: deque[tuple[int, int]] = deque()  # (bucket, rounds it holds) since the last step, in order
         self.place = {p: (b, i) for b, shard in enumerate(self.shards) for i, p in enumerate(shard.params)}
         self.seen: set[Tensor] = set()  # parameters that have had a gradient since the last step
         self._start()
@@ -88,25 +90,38 @@ class Reducer:
         rounds = self.rounds + started + (late and not self.keep)
         return Progress(rounds, bytes(param in self.seen for param in self.params))
 
-    def finish(self, rounds: int, present: bytes) -> None:
-        """Brings all ranks to the same number of rounds. `present`: as Progress's, of all ranks together."""
-        active = {param for param, there in zip(self.params, present, strict=True) if there}
+    def finish(self, rounds: int, present: bytes) -> Iterator[Shard]:
+        """Brings all ranks to the same number of rounds, and yields each bucket as soon as its sum is complete.
+
+        `present`: as Progress's, of all ranks together. The order is the same on all ranks.
+        """
         while self.rounds < rounds:
-            for index in self.order[self.next :]:
+            rest = [i for i, shard in enumerate(self.shards) if not shard.expected and any(shard.flags(present))]
+            for index in [*self.order[self.next :], *rest]:
                 self._send_waiting(index)
-            self.next = len(self.order)
-            for index, shard in enumerate(self.shards):
-                if not shard.expected and not active.isdisjoint(shard.params):
-                    self._send_waiting(index)
+                yield from self._complete(rounds)
             self._close()
-        self._collect(len(self.waiting), block=True)
+        while self.waiting:
+            self._collect(1, block=True)
+            yield from self._complete(rounds)
+        yield from self._complete(rounds)
+
+    def _complete(self, rounds: int) -> Iterator[Shard]:
+        while self.summed:
+            index, held = self.summed.popleft()
+            if held == rounds:
+                yield self.shards[index]
+
+    def remember(self) -> None:
+        """After a finish() without a step: the next one yields all buckets again."""
+        self.summed = deque((i, shard.rounds) for i, shard in enumerate(self.shards) if shard.rounds)
 
     def reset(self, present: bytes) -> None:
         """Forgets what the ranks have sent, after a step."""
-        active = {param for param, there in zip(self.params, present, strict=True) if there}
         for shard in self.shards:
-            shard.expected = not active.isdisjoint(shard.params)
+            shard.expected = any(shard.flags(present))
             shard.rounds = 0
+        self.summed.clear()
         self.seen.clear()
         self.rounds = 0
         self._start()
@@ -151,6 +166,7 @@ class Reducer:
             shard.reduce(shard.arena.sources(slot))
             shard.arena.release(slot)
             self.waiting.popleft()
+            self.summed.append((index, shard.rounds))
 
 
 class InPlace:
@@ -164,8 +180,15 @@ class InPlace:
         self.params = generation.params
         self.place = {p: (shard, i) for shard in self.shards for i, p in enumerate(shard.params)}
         self.blank: set[Tensor] = set(self.params)  # whose gradients in the slot are zero
+        self.held = False  # the slot is this rank's to write
+
+    def _hold(self) -> None:
+        if not self.held:  # all ranks have left the last step, or are about to
+            self.shards[0].arena.acquire(0, "end of the last step()")
+            self.held = True
 
     def ready(self, param: Tensor) -> None:
+        self._hold()
         shard, position = self.place[param]
         view, grad = shard.views(0)[position], param.grad
         if grad is None:
@@ -177,6 +200,7 @@ class InPlace:
                 param.grad = view
 
     def progress(self) -> Progress:
+        self._hold()
         for param in self.params:
             if param.grad is not None:
                 self.ready(param)
@@ -187,13 +211,18 @@ class InPlace:
         present = bytes(param.grad is not None for param in self.params)
         return Progress(int(any(present)), present)
 
-    def finish(self, rounds: int, present: bytes) -> None:
+    def finish(self, rounds: int, present: bytes) -> Iterator[Shard]:
         arena, whole = self.shards[0].arena, self.shards[0].arena.slot(0).numel()
         world = len(self.shards[0].layout.cuts) - 1
         arena.send(0, [(0, whole)] * world, "reduction of gradients in place")
         arena.arrive(0, "reduction of gradients in place")
+        yield from (shard for shard in self.shards if any(shard.flags(present)))
 
     def reset(self, present: bytes) -> None:
         self.shards[0].arena.release(0)
+        self.held = False
+
+    def remember(self) -> None:
+        """Nothing was summed up before a step."""
 
     idle = True

@@ -99,7 +99,7 @@ class ShardedAdam(Adam):
         self._member: dict[Tensor, int] = {}  # generation of each parameter that is laid out
         self._index: dict[Tensor, int] = {}  # all parameters, in order
         self._hooks: dict[Tensor, Any] = {}
-        self._block_orders: dict[frozenset[Tensor], list[Tensor]] = {}
+        self._block_orders: dict[tuple[bytes, ...], list[Tensor]] = {}
         self._witness = Witness()
         self._gathering: Gathering | None = None
         self._quiet = False  # inside no_sync()
@@ -244,7 +244,7 @@ class ShardedAdam(Adam):
             self._set_up()
         if self._witness.watching and not self._witness.queued:
             self._witness.queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
         self._reducers[self._member[param]].ready(param)
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ class ShardedAdam(Adam):
         if not all(reducer.idle for reducer in self._reducers):
             self._witness.take_back("")
             news = hear_all(self, Kind.ZERO_GRAD)
-            finish_rounds(self, news)
+            list(finish_rounds(self, news))
             for reducer, present in zip(self._reducers, news.present, strict=True):
                 reducer.reset(present)
         super().zero_grad(set_to_none)
@@ -308,11 +308,10 @@ class ShardedAdam(Adam):
         if self._gathering is not None:
             self._gathering.wait_all()
 
-    def _block_order(self, active: set[Tensor]) -> list[Tensor]:
-        key = frozenset(active)
-        if key not in self._block_orders:
-            self._block_orders = {key: block_order(self, active)}
-        return self._block_orders[key]
+    def _block_order(self, present: tuple[bytes, ...]) -> list[Tensor]:
+        if present not in self._block_orders:
+            self._block_orders = {present: block_order(self, present)}  # the last one: it seldom changes
+        return self._block_orders[present]
 
     def _backend_of(self, shard: Shard) -> str:
         return registry.choose(self.options.backend, shard.arena.params.device, shard.layout.dtype).name

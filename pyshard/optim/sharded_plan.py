@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from .sharded import ShardedAdam
 
 
-def launch_of(optimizer: "ShardedAdam", shard: Shard, active: set[Tensor], grads: list[Tensor]) -> Launch:
-    """The launch that updates the owned runs of the active parameters of a bucket.
+def launch_of(optimizer: "ShardedAdam", shard: Shard, flags: bytes, flat: Tensor, first: int) -> Launch:
+    """The launch that updates the owned runs of the parameters of a bucket whose flag is set.
 
-    `grads`: a gradient for each run. Made again only when something that it was made from has changed.
+    Their gradients lie in `flat`, which begins with element `first` of the bucket. Made again only when something that
+    it was made from has changed.
     """
-    for piece, param, grad in zip(shard.pieces, shard.params, grads, strict=True):
-        if param not in active:
+    granted = flags, flat.data_ptr(), flat.dtype
+    if shard.granted != granted:
+        for piece, there, grad in zip(shard.pieces, flags, shard.owned_grads(flat, first), strict=True):
             piece.grad = None
-        elif piece.grad is None or piece.grad.data_ptr() != grad.data_ptr() or piece.grad.dtype != grad.dtype:
-            if piece.grad is not None:
-                piece.grad = None
-            piece.grad_dtype = grad.dtype
-            piece.grad = grad
+            if there:
+                piece.grad_dtype = grad.dtype
+                piece.grad = grad
+        shard.granted = granted
     groups = optimizer.param_groups
     made_from = [(len(group["params"]), plan.switches(group)) for group in groups]
     if shard.launch is not None and shard.made_from == made_from:

@@ -9,6 +9,7 @@
 
 import math
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -108,32 +109,28 @@ def _text(error: Exception | None) -> bytes:
     )
 
 
-def finish_rounds(optimizer: "ShardedAdam", news: News) -> None:
-    """Brings the gradients of all ranks to their owners."""
+def finish_rounds(optimizer: "ShardedAdam", news: News) -> Iterator[tuple[Shard, bytes]]:
+    """Brings the gradients of all ranks to their owners. Yields each bucket in which any parameter has a gradient as
+    soon as it is summed up, and a byte for each of its parameters: 1 if that one has."""
     for reducer, present in zip(optimizer._reducers, news.present, strict=True):
         if any(present):
-            reducer.finish(news.rounds, present)
+            for shard in reducer.finish(news.rounds, present):
+                flags = shard.flags(present)
+                if any(flags):
+                    yield shard, flags
 
 
 def end_of_backward(optimizer: "ShardedAdam", news: News) -> None:
     """All ranks learn whether the gradients are finite; the witness tells it to a GradScaler."""
     if optimizer.stage == 2:
-        finish_rounds(optimizer, news)
-        values = [shard.reduced for shard in _shards(optimizer, news)]
+        values = [shard.reduced for shard, _ in finish_rounds(optimizer, news)]
+        for reducer in optimizer._reducers:
+            reducer.remember()
     else:
         values = [p.grad for p in optimizer._member]
     _, nonfinite = grad_norm([value for value in values if value is not None])
     heard = optimizer.transport().exchange(struct.pack("<q", bool(nonfinite)), "end of backward")
     optimizer._witness.tell(optimizer, finite=not any(struct.unpack("<q", one)[0] for one in heard))
-
-
-def _shards(optimizer: "ShardedAdam", news: News) -> list[Shard]:
-    """Buckets in which any parameter has a gradient."""
-    found = []
-    for generation, present in zip(optimizer._generations, news.present, strict=True):
-        active = {param for param, there in zip(generation.params, present, strict=True) if there}
-        found += [shard for shard in generation.shards if not active.isdisjoint(shard.params)]
-    return found
 
 
 def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], error: Exception | None) -> None:
@@ -143,49 +140,63 @@ def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], error: Ex
         end_of_backward(optimizer, news)
         optimizer._witness.take_back("")
         news = hear_all(optimizer, Kind.STEP)
-    finish_rounds(optimizer, news)
-    optimizer._witness.watching = getattr(optimizer, "grad_scale", None) is not None
-    options = optimizer.options
-    shards = _shards(optimizer, news)
-    active = {
-        param
-        for generation, present in zip(optimizer._generations, news.present, strict=True)
-        for param, there in zip(generation.params, present, strict=True)
-        if there
-    }
+    scaled = getattr(optimizer, "grad_scale", None) is not None
+    optimizer._witness.watching = scaled
     try:
-        if news.found_inf:
-            optimizer._skipped += 1
-            return
-        before = state.snapshot(optimizer.state)
-        try:
-            launches = [_Launched(optimizer, shard, active) for shard in shards]
-            scale = news.scale / optimizer.world
-            if options.needs_norm() or optimizer._witness.watching:
-                total = _square_sum(optimizer, launches, active)
-                norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
-                finite = math.isfinite(total)
-                if options.nonfinite == "raise" and not finite:
-                    raise FloatingPointError(optimizer._nonfinite_message([each.launch for each in launches]))
-                if options.needs_norm():
-                    optimizer._grad_norm = norm
-                if not finite and (options.nonfinite == "skip" or optimizer._witness.watching):
-                    optimizer._skipped += 1
-                    _undo(optimizer, before)
-                    return
-                if options.max_grad_norm is not None and options.max_grad_norm != math.inf:
-                    scale = scale * clip_coefficient(norm, options.max_grad_norm)
-        except BaseException:
-            _undo(optimizer, before)
-            raise
-        for each in launches:
-            each.adam(groups, scale)
-        _publish(optimizer, shards)
-        torch.autograd.graph.increment_version(list(active))
+        summed = finish_rounds(optimizer, news)
+        if news.found_inf or optimizer.options.needs_norm() or scaled:
+            _update_together(optimizer, groups, news, list(summed))
+        else:
+            _update_in_turn(optimizer, groups, news, summed)
     finally:
         for reducer, present in zip(optimizer._reducers, news.present, strict=True):
             if any(present):
                 reducer.reset(present)
+
+
+def _update_in_turn(
+    optimizer: "ShardedAdam", groups: list[list[float]], news: News, summed: Iterator[tuple[Shard, bytes]]
+) -> None:
+    """Updates each bucket as soon as its gradients are summed up."""
+    publication = _Publication(optimizer)
+    for shard, flags in summed:
+        _Launched(optimizer, shard, flags).adam(groups, news.scale / optimizer.world)
+        publication.add(shard, flags)
+    publication.finish()
+
+
+def _update_together(
+    optimizer: "ShardedAdam", groups: list[list[float]], news: News, summed: list[tuple[Shard, bytes]]
+) -> None:
+    """Looks at all gradients first, and then updates all buckets or none."""
+    options = optimizer.options
+    if news.found_inf:
+        optimizer._skipped += 1
+        return
+    before = state.snapshot(optimizer.state)
+    try:
+        launches = [_Launched(optimizer, shard, flags) for shard, flags in summed]
+        scale = news.scale / optimizer.world
+        total = _square_sum(optimizer, launches, news)
+        norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
+        if options.nonfinite == "raise" and not math.isfinite(total):
+            raise FloatingPointError(optimizer._nonfinite_message([each.launch for each in launches]))
+    except BaseException:
+        _undo(optimizer, before)
+        raise
+    if options.needs_norm():
+        optimizer._grad_norm = norm
+    if not math.isfinite(total) and (options.nonfinite == "skip" or optimizer._witness.watching):
+        optimizer._skipped += 1
+        _undo(optimizer, before)
+        return
+    if options.max_grad_norm is not None and options.max_grad_norm != math.inf:
+        scale = scale * clip_coefficient(norm, options.max_grad_norm)
+    publication = _Publication(optimizer)
+    for each, (shard, flags) in zip(launches, summed, strict=True):
+        each.adam(groups, scale)
+        publication.add(shard, flags)
+    publication.finish()
 
 
 def _undo(optimizer: "ShardedAdam", before: dict[Tensor, tuple[object, dict[str, object]]]) -> None:
@@ -201,33 +212,29 @@ def _undo(optimizer: "ShardedAdam", before: dict[Tensor, tuple[object, dict[str,
 class _Launched:
     """The kernels of one bucket, and where they find gradients and put parameters."""
 
-    def __init__(self, optimizer: "ShardedAdam", shard: Shard, active: set[Tensor]):
-        arena = shard.arena
-        in_place = isinstance(optimizer._reducers[optimizer._member[shard.params[0]]], InPlace)
-        sources: list[Tensor] = []
-        if in_place:
-            begin, end = shard.grad_begin, shard.grad_begin + shard.layout.slot_bytes
-            sources = [source[begin:end].view(shard.layout.wire) for source in arena.sources(0)]
-        # One pass, if the kernels take gradients of this dtype from several places.
+    def __init__(self, optimizer: "ShardedAdam", shard: Shard, flags: bytes):
+        arena, layout = shard.arena, shard.layout
+        self.shard, self.sources = shard, [0]
         on_cpu = optimizer._backend_of(shard) == "cpu"
-        direct = in_place and on_cpu and shard.layout.wire in (torch.float32, shard.layout.dtype)
-        if in_place and not direct:
-            shard.rounds = 0
-            shard.reduce([source[shard.own[0] : shard.own[1]].view(torch.uint8) for source in sources])
-        if direct:
-            own = sources[optimizer.rank]
-            grads = shard.owned_grads(own, 0)
-            self.sources = [source.data_ptr() - own.data_ptr() for source in sources]
+        whole: list[Tensor] = []
+        if isinstance(optimizer._reducers[optimizer._member[shard.params[0]]], InPlace):
+            begin, end = shard.grad_begin, shard.grad_begin + layout.slot_bytes
+            whole = [source[begin:end].view(layout.wire) for source in arena.sources(0)]
+        if whole and on_cpu and layout.wire in (torch.float32, layout.dtype):
+            # One pass: the kernels themselves take the gradients of all ranks.
+            own = whole[optimizer.rank]
+            self.sources = [source.data_ptr() - own.data_ptr() for source in whole]
+            flat, first = own, 0
         else:
+            if whole:
+                shard.rounds = 0
+                shard.reduce([source[shard.own[0] : shard.own[1]].view(torch.uint8) for source in whole])
             if shard.reduced is None:
-                raise RuntimeError("pyshard: a bucket's gradients were not reduced before the update")
-            grads = shard.owned_grads(shard.reduced, shard.own[0])
-            self.sources = [0]
-        self.shard = shard
-        self.launch: Any = launch_of(optimizer, shard, active, grads)
+                raise RuntimeError("pyshard: a bucket's gradients were not summed up before its update")
+            flat, first = shard.reduced, shard.own[0]
+        self.launch: Any = launch_of(optimizer, shard, flags, flat, first)
         self.targets = [target.data_ptr() - arena.params.data_ptr() for target in arena.targets] if on_cpu else []
         self.copies = [] if on_cpu else arena.targets
-        self.span = shard.layout.param_spans()[optimizer.rank]
 
     def block_sums(self, groups: list[list[float]]) -> Tensor:
         sums: Tensor = self.launch.block_sums(groups, self.sources)
@@ -241,14 +248,14 @@ class _Launched:
             self.launch.set_inputs(scale, math.inf, None, None, False)
             self.launch.adam({})
             self.launch.scatter()
-        begin, end = self.span
+        begin, end = self.shard.span
         for target in self.copies:
             target[begin:end].copy_(self.shard.arena.params[begin:end])
 
 
-def _square_sum(optimizer: "ShardedAdam", launches: list[_Launched], active: set[Tensor]) -> float:
+def _square_sum(optimizer: "ShardedAdam", launches: list[_Launched], news: News) -> float:
     """Sum of squares of all gradients in the order of pyshard.AdamW in one process: the same bits for any cut."""
-    order = optimizer._block_order(active)
+    order = optimizer._block_order(tuple(news.present))
     mine = [each.block_sums(optimizer._groups) for each in launches]
     sums = torch.cat([m.cpu() for m in mine]) if mine else torch.empty(0, dtype=torch.float64)
     longest = max(len(places) for places in order)
@@ -261,9 +268,11 @@ def _square_sum(optimizer: "ShardedAdam", launches: list[_Launched], active: set
     return float(_C.sum_blocks(values.numpy().tobytes()))
 
 
-def block_order(optimizer: "ShardedAdam", active: set[Tensor]) -> list[Tensor]:
-    """For each rank, where the blocks that it sums up stand among the blocks of all active parameters."""
+def block_order(optimizer: "ShardedAdam", present: Sequence[bytes]) -> list[Tensor]:
+    """For each rank, where the blocks that it sums up stand among the blocks of all parameters with a gradient."""
     first, total = {}, 0
+    members = zip(optimizer._generations, present, strict=True)
+    active = {p for generation, flags in members for p, there in zip(generation.params, flags, strict=True) if there}
     for param in optimizer._index:
         if param in active:
             first[param] = total
@@ -284,14 +293,31 @@ def block_order(optimizer: "ShardedAdam", active: set[Tensor]) -> list[Tensor]:
     return order
 
 
-def _publish(optimizer: "ShardedAdam", shards: list[Shard]) -> None:
-    """Brings the new parameters to all ranks: those that the next forward needs first come first."""
-    arrivals = [_Arrival(shard) for shard in reversed(shards)]
-    for arrival in arrivals:
-        if optimizer._gathering is None or arrival.shard.arena.targets:
-            arrival()
+class _Publication:
+    """Brings new parameters to all ranks: what the next forward needs first comes first, if it is to wait for them."""
+
+    def __init__(self, optimizer: "ShardedAdam"):
+        self.gathering = optimizer._gathering
+        self.arrivals: list[_Arrival] = []
+        self.later: list[Shard] = []
+        self.changed: list[Tensor] = []
+
+    def add(self, shard: Shard, flags: bytes) -> None:
+        """The kernels have updated what this rank owns of a bucket."""
+        self.changed += [param for param, there in zip(shard.params, flags, strict=True) if there]
+        if self.gathering is None or shard.arena.targets:
+            self.arrivals.append(_Arrival(shard))
         else:
-            optimizer._gathering.add(arrival.shard.params, arrival)
+            self.later.append(shard)
+
+    def finish(self) -> None:
+        if self.gathering is not None:
+            for shard in reversed(self.later):  # backward made the last layers' gradients first
+                self.gathering.add(shard.params, _Arrival(shard))
+        for arrival in self.arrivals:
+            arrival()
+        # Or a backward of what was computed before would use the new weights in silence.
+        torch.autograd.graph.increment_version(self.changed)
 
 
 class _Arrival:
@@ -299,10 +325,10 @@ class _Arrival:
 
     def __init__(self, shard: Shard):
         layout = shard.layout
-        self.shard = shard
+        self.arena = shard.arena
         self.ticket: int | None = shard.arena.publish(layout.begin, layout.end, layout.param_spans(), _ALL_GATHER)
 
     def __call__(self) -> None:
         if self.ticket is not None:
             ticket, self.ticket = self.ticket, None
-            self.shard.arena.published(ticket, _ALL_GATHER)
+            self.arena.published(ticket, _ALL_GATHER)

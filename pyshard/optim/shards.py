@@ -49,6 +49,7 @@ class Shard:
         self.grad_begin = grad_begin  # byte in a slot at which its gradients begin
         self.runs = [layout.run(place, rank) for place in layout.places]
         self.own = layout.cuts[rank], layout.cuts[rank + 1]
+        self.span = layout.param_spans()[rank]  # bytes of the array of all parameters
         self.present = [False] * len(self.params)  # parameters whose gradient is ready for the round
         self.missing = len(self.params)
         self.expected = True  # false if no rank had a gradient for it at the last step
@@ -59,8 +60,13 @@ class Shard:
         # The kernels' launch over the pieces, and what it was made from (sharded_plan.py).
         self.launch: Any = None
         self.made_from: Any = None
+        self.granted: Any = None  # which gradients the pieces have
         self.groups: list[dict[str, Any]] = []
         self.states: dict[Tensor, dict[str, Any]] = {}
+
+    def flags(self, present: bytes) -> bytes:
+        """Of flags for the parameters of the generation, those of this bucket."""
+        return bytes(present[place.index] for place in self.layout.places)
 
     # ---- gradients on their way ----
 
