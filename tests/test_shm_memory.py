@@ -121,6 +121,8 @@ def refused_by_the_system(rank: Rank, what: str, spare: int) -> str:
     ],
 )
 def test_what_the_system_refuses_one_rank_is_an_error_on_all(what: str, spare: int, reason: str) -> None:
+    if what == "RLIMIT_NOFILE" and "libasan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("the sanitizer needs a descriptor to look at an exception")
     texts = [result.value for result in run_ranks(refused_by_the_system, 3, what, spare)]
     assert texts == [texts[0]] * 3
     assert "rank 1: " in texts[0] and reason in texts[0] and "4.0 MiB for each rank" in texts[0]
