@@ -49,9 +49,10 @@ class Peers:
         self.start = [row.clone() for row in rows]  # what the step starts from
         self.spans, size = [], 0
         for row in rows:  # unaligned, but for the elements
-            size += -size % 8 + 4 * int(rng.integers(0, 40))
-            self.spans.append(slice(size, size + 4 * row.n))
-            size += 4 * row.n
+            width = max(row.tensors()[name].element_size() for name in ("grad", "param"))
+            size += -size % width + width * int(rng.integers(0, 40))
+            self.spans.append(slice(size, size + width * row.n))
+            size += width * row.n
         self.grads, self.params = (
             [Guarded(torch.full((size,), SENTINEL, dtype=torch.uint8)) for _ in range(ranks)] for _ in range(2)
         )

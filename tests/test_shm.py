@@ -12,7 +12,7 @@ from shm_ranks import Rank, run_ranks
 from pyshard.comm.shm import ShmTransport
 
 WORLDS = [2, 3, 4]
-AREA = 256 << 10  # what an exchange moves in one round
+AREA = 1 << 20  # what an exchange moves in one round
 
 
 def stamp(seed: int, *place: int, size: int) -> np.ndarray:

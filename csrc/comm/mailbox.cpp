@@ -22,7 +22,7 @@ using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 // A payload larger than this goes in several rounds.
-constexpr size_t kAreaBytes = size_t{256} << 10;
+constexpr size_t kAreaBytes = size_t{1} << 20;
 
 enum State : uint32_t { kRunning = 0, kFailed, kLeft };
 

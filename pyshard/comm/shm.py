@@ -152,7 +152,14 @@ class ShmTransport(Transport):
 
     def _too_large(self, layout: "_Layout") -> str:
         """What of the memory that all ranks are about to take is not there, the same on all ranks; "" if all is."""
-        limits = [json.loads(text) for text in self._share(json.dumps(available_memory()), "looking at free memory")]
+        try:
+            own: dict | str = available_memory()
+        except OSError as error:
+            own = str(error)
+        limits = [json.loads(text) for text in self._share(json.dumps(own), "looking at free memory")]
+        for rank, found in zip(self.ranks, limits):
+            if isinstance(found, str):
+                return f"rank {rank}: {found}"
         # With each rank's page tables for all ranks' memory: 8 bytes a page.
         each = layout.size + self.world * layout.size // 512
         for name in sorted({name for found in limits for name in found}):
