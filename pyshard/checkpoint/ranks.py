@@ -5,6 +5,7 @@ processes: when a process dies they close, so the first rank knows at once who i
 """
 
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -138,7 +139,7 @@ class Ranks:
         return _Failure(self.ranks[self.rank], operation, text, *kinds or [""])
 
     def _loss(self, operation: str, rank: int, error: Exception) -> _Failure:
-        return _Failure(self.ranks[rank], operation, str(error).splitlines()[0], "lost")
+        return _Failure(self.ranks[rank], operation, _plain(error), "lost")
 
     def _error(self, failure: _Failure) -> Exception:
         rank, operation, end = failure.rank, failure.operation, f" {self.hint}" if self.hint else ""
@@ -146,7 +147,10 @@ class Ranks:
             if failure.kind == kind.__name__:
                 return kind(f"{self.who}: {failure.text}{end}")
         if failure.kind == "lost":
-            text = f"rank {rank} is lost or does not answer while {operation} ({failure.text})."
+            text = (
+                f"rank {rank} is lost or does not answer while {operation} ({failure.text}). Look at what it has said "
+                "itself, then start all ranks again."
+            )
             return PeerError(f"{self.who}: {text}{end}", rank, operation)
         where = f" on rank {rank}" if self.world > 1 else ""
         text = f"{self.who}: failed{where} while {operation}: {failure.text}."
@@ -179,7 +183,8 @@ class _Wire:
         backend = group._get_backend(group._device_types[0])
         self.timeout: timedelta = getattr(getattr(backend, "options", None), "_timeout", timedelta(minutes=30))
         c10d: Any = dist  # whose types do not tell of these
-        self._store = c10d.PrefixStore("pyshard/checkpoint", group.get_group_store())
+        self._store = _store(group)
+        self._store.set(f"here/{dist.get_rank()}", "")
         self._gloo = c10d.ProcessGroupGloo(self._store, group.rank(), group.size(), self.timeout)
 
     def send(self, value: object, rank: int) -> None:
@@ -215,16 +220,34 @@ class _Wire:
 _wires: "weakref.WeakKeyDictionary[Any, _Wire]" = weakref.WeakKeyDictionary()
 
 
+def _store(group: "dist.ProcessGroup") -> Any:
+    c10d: Any = dist  # whose types do not tell of it
+    return c10d.PrefixStore("pyshard/checkpoint", group.get_group_store())
+
+
+def _is_here(group: "dist.ProcessGroup", rank: int) -> bool:
+    try:
+        return bool(_store(group).check([f"here/{rank}"]))
+    except RuntimeError:  # the store is gone with the process that kept it
+        return True
+
+
+def _plain(error: Exception) -> str:
+    """What gloo says, without the line of its source and its advice."""
+    return re.sub(r"^\[\S*\] |\. This is typically.*", "", str(error).splitlines()[0])
+
+
 def _wire(who: str, group: "dist.ProcessGroup") -> _Wire:
     """The connections of a group; all its ranks come here together, the first time."""
     if group not in _wires:
         try:
             _wires[group] = _Wire(group)
         except RuntimeError as error:
+            missing = [rank for rank in dist.get_process_group_ranks(group) if not _is_here(group, rank)]
             raise PeerError(
-                f"{who}: could not connect to all ranks of the process group ({str(error).splitlines()[0]}); expected "
-                "all of them to call this.",
-                None,
+                f"{who}: could not connect to all ranks of the process group ({_plain(error)}); expected all of them "
+                f"to call this. {f'Ranks {missing} have not.' if missing else ''}".rstrip(),
+                missing[0] if missing else None,
                 "connecting",
             ) from error
     return _wires[group]

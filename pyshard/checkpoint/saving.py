@@ -42,8 +42,7 @@ def save_checkpoint(
 
     Raises:
         ValueError, TypeError: on all ranks, before anything is written.
-        pyshard.checkpoint.CheckpointError: on all ranks; one of them could not write. The previous checkpoint is as it
-            was.
+        pyshard.checkpoint.CheckpointError: on all ranks; one could not write. Older checkpoints are as they were.
         pyshard.comm.PeerError: another rank is lost; names it and what this one was doing.
     """
     ranks = Ranks("pyshard.save_checkpoint", getattr(opt, "process_group", None))
@@ -60,7 +59,7 @@ def save_checkpoint(
     payload: list[bytes] = []
     with torch.no_grad():
         saved = ranks.each("looking at model and optimizer", prepare)
-        ranks.hint = f"What {root} held is as it was."
+        ranks.hint = f"Complete checkpoints in {root} are as they were."
         directory, previous = ranks.by_first("making a directory", lambda: files.begin(root))
         switched: list[bool] = []
         try:
