@@ -90,6 +90,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory, and those above it, that survive a loss of power."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
+
+
 # ---- data, summed up while it is written ----
 
 
@@ -220,7 +228,7 @@ def begin(root: Path) -> tuple[Path, Path | None]:
 
     Returns it and the newest complete one.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make_directory(root)
     previous = newest(root)
     last = number(previous) if previous else 0
     for path in checkpoints(root):
