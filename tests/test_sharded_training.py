@@ -45,11 +45,11 @@ def test_one_rank_and_many(seed: int, world: int, stage: int) -> None:
         assert_same_bits(outcome.value, wanted)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_other_backends(seed: int, backend: str) -> None:
-    """The kernels that do not sum up over ranks themselves."""
+@pytest.mark.parametrize(("transport", "backend"), [("shm", "reference"), ("shm", "triton"), ("symm_mem", "triton")])
+def test_other_kernels(seed: int, transport: str, backend: str) -> None:
+    """The reference copies to and fro; Triton's kernels, here in the interpreter, read and write all ranks' memory."""
     options = {"max_grad_norm": 1.0, "backend": backend}
-    case = replace(CASES["mixed dtypes"], seed=seed % 10**6, steps=2, options=options, bucket_mb=1)
+    case = replace(CASES["mixed dtypes"], seed=seed % 10**6, steps=2, options=options, bucket_mb=1, transport=transport)
     wanted = expected(replace(case, options={"max_grad_norm": 1.0}), 2)
     for stage in (1, 2):
         for outcome in ranks.run(train, 2, replace(case, stage=stage)):

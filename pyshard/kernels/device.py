@@ -111,13 +111,26 @@ class DeviceLaunch(Launch):
         return self.over_ranks(_square_sum(self.kernels, rows, norm_first, blocks))
 
     def block_sums(self, groups: list[list[float]], sources: Sequence[int] = (0,)) -> Tensor:
-        """Sums of squares of the blocks of the gradients, doubles, in the order of the active rows."""
+        """Sums of squares of the blocks of the gradients, doubles, in the order of the active rows.
+
+        `sources`: as in adam().
+        """
         self.upload(groups)
         rows, _, norm_first, _, _ = self._parts()
         values = torch.empty(self.table.blocks(NORM_BLOCK), dtype=torch.float64, device=rows.device)
-        if values.numel():
+        if values.numel() and tuple(sources) == (0,):
             self.kernels.square_sum(rows, norm_first, values)
+        elif values.numel():
+            from . import triton_sharded
+
+            triton_sharded.square_sum(rows, norm_first, values, self._aligned(sources), self._distances(sources))
         return values
+
+    def _distances(self, distances: Sequence[int]) -> Tensor:
+        return torch.tensor(list(distances), dtype=torch.int64).to(self.device)
+
+    def _aligned(self, distances: Sequence[int]) -> bool:
+        return self.table.aligned() and all(distance % 16 == 0 for distance in distances)
 
     def set_inputs(
         self,
@@ -148,8 +161,11 @@ class DeviceLaunch(Launch):
                 self._inputs[place] = value
                 self.control[place].fill_(value)
 
-    def adam(self, group_lr: dict[int, Tensor]) -> None:
-        """One step with the scalars computed on the device; `group_lr` are lr tensors that stay there."""
+    def adam(self, group_lr: dict[int, Tensor], sources: Sequence[int] = (0,), targets: Sequence[int] = ()) -> None:
+        """One step with the scalars computed on the device; `group_lr` are lr tensors that stay there.
+
+        `sources`, `targets`: as in HostLaunch.adam(); other than default ones: Triton only.
+        """
         rows, adam_first, _, steps, hypers = self._parts()
         for group, lr in group_lr.items():
             members = [i for i, e in enumerate(self.active()) if e.group == group]
@@ -162,7 +178,14 @@ class DeviceLaunch(Launch):
         blocks = self.table.blocks(ADAM_BLOCK)
         if blocks:  # without any, prepare() has still written the norm
             kinds = tuple(self.table.kinds())
-            self.kernels.adam(rows, adam_first, blocks, scalars, self.control, kinds, self.table.aligned())
+            if tuple(sources) == (0,) and not targets:
+                self.kernels.adam(rows, adam_first, blocks, scalars, self.control, kinds, self.table.aligned())
+                return
+            from . import triton_sharded
+
+            places = self._distances(sources), self._distances(targets)
+            aligned = self._aligned([*sources, *targets])
+            triton_sharded.adam(rows, adam_first, blocks, scalars, self.control, kinds, aligned, *places)
 
 
 def _capturing(device: torch.device) -> bool:

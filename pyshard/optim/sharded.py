@@ -313,8 +313,12 @@ class ShardedAdam(Adam):
             self._block_orders = {present: block_order(self, present)}  # the last one: it seldom changes
         return self._block_orders[present]
 
-    def _backend_of(self, shard: Shard) -> str:
-        return registry.choose(self.options.backend, shard.arena.params.device, shard.layout.dtype).name
+    def _backend_of(self, shard: Shard) -> registry.Backend:
+        """The kernels of a bucket. On GPUs that reach each other's memory, Triton's: the CUDA ones do not."""
+        device, name = shard.arena.params.device, registry.requested(self.options.backend)
+        if name == "auto" and device.type != "cpu" and shard.arena.targets:
+            name = "triton"
+        return registry.choose(name, device, shard.layout.dtype)
 
     def explain(self) -> str:
         """Which path each bucket takes, bytes per rank, and why."""

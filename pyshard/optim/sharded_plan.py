@@ -54,7 +54,8 @@ def _make(optimizer: "ShardedAdam", shard: Shard) -> Launch:
             idle.append(piece)
             continue
         group = optimizer.param_groups[group_of[param]]
-        fmt, backend = plan.check(optimizer, who, names[param], piece, group)
+        fmt, _ = plan.check(optimizer, who, names[param], piece, group)
+        backend = optimizer._backend_of(shard)
         states.check(who, names[param], piece, kept or {}, fmt)
         items = shard.states[piece] = optimizer.state[param]
         coupled, amsgrad, _ = plan.switches(group)

@@ -215,12 +215,12 @@ class _Launched:
     def __init__(self, optimizer: "ShardedAdam", shard: Shard, flags: bytes):
         arena, layout = shard.arena, shard.layout
         self.shard, self.sources = shard, [0]
-        on_cpu = optimizer._backend_of(shard) == "cpu"
+        able = optimizer._backend_of(shard).name in ("cpu", "triton")  # to reach several places
         whole: list[Tensor] = []
         if isinstance(optimizer._reducers[optimizer._member[shard.params[0]]], InPlace):
             begin, end = shard.grad_begin, shard.grad_begin + layout.slot_bytes
             whole = [source[begin:end].view(layout.wire) for source in arena.sources(0)]
-        if whole and on_cpu and layout.wire in (torch.float32, layout.dtype):
+        if whole and able and layout.wire in (torch.float32, layout.dtype):
             # One pass: the kernels themselves take the gradients of all ranks.
             own = whole[optimizer.rank]
             self.sources = [source.data_ptr() - own.data_ptr() for source in whole]
@@ -233,8 +233,8 @@ class _Launched:
                 raise RuntimeError("pyshard: a bucket's gradients were not summed up before its update")
             flat, first = shard.reduced, shard.own[0]
         self.launch: Any = launch_of(optimizer, shard, flags, flat, first)
-        self.targets = [target.data_ptr() - arena.params.data_ptr() for target in arena.targets] if on_cpu else []
-        self.copies = [] if on_cpu else arena.targets
+        self.targets = [target.data_ptr() - arena.params.data_ptr() for target in arena.targets] if able else []
+        self.copies = [] if able else arena.targets
 
     def block_sums(self, groups: list[list[float]]) -> Tensor:
         sums: Tensor = self.launch.block_sums(groups, self.sources)
@@ -246,7 +246,7 @@ class _Launched:
         else:
             self.launch.upload(groups)
             self.launch.set_inputs(scale, math.inf, None, None, False)
-            self.launch.adam({})
+            self.launch.adam({}, self.sources, self.targets)
             self.launch.scatter()
         begin, end = self.shard.span
         for target in self.copies:
