@@ -466,3 +466,23 @@ def closed(rank: int, world: int) -> None:
             assert "close()" in str(error)
         else:
             raise AssertionError("used after close()")
+
+
+# ---- the optimizer on top ----
+
+
+def train(rank: int, world: int, transport: str, stage: int, backend: str, clip: float | None) -> list[bytes]:
+    """A few steps of a small model; returns its weights."""
+    from pyshard import ShardedAdamW
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 51), torch.nn.Tanh(), torch.nn.Linear(51, 90)).bfloat16()
+    optimizer = ShardedAdamW(
+        model.parameters(), 1e-2, stage=stage, transport=transport, max_grad_norm=clip, backend=backend, timeout=TIMEOUT
+    )
+    for i in range(4):
+        batch = torch.randn(8, 40, generator=torch.Generator().manual_seed(10 * i + rank))
+        model(batch.bfloat16()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [raw(p.detach().flatten()).numpy().tobytes() for p in model.parameters()]

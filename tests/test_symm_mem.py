@@ -60,3 +60,15 @@ def test_looking_does_not_wait() -> None:
 def test_a_subgroup_speaks_of_global_ranks() -> None:
     outcomes = ranks.run(symm_ranks.subgroup, 4, [1, 3])
     assert [outcome.value for outcome in outcomes] == [[], [1, 3], [], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "backend", "clip"),
+    [(2, 1, "cpu", None), (2, 2, "triton", 0.1), (3, 1, "triton", 0.1), (3, 2, "cpu", 0.1)],
+)
+def test_sharded_adamw_has_the_bits_of_the_collective_transport(
+    world: int, stage: int, backend: str, clip: float | None
+) -> None:
+    want, got = (ranks.run(symm_ranks.train, world, t, stage, backend, clip) for t in ("collective", "symm_mem"))
+    for rank in range(world):
+        assert got[rank].value == want[0].value, f"rank {rank}"
