@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Extra arguments of the program that a target runs, as in: make test ARGS="-k adam"
 ARGS ?=
+# Processes of the demo, which share the cores.
+RANKS ?= 2
 
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
@@ -42,8 +44,14 @@ venv: $(VENV)/.tools ## make .venv with the pinned tools
 build: $(VENV)/.package ## build the extension in place (again: only what changed)
 	$(BIN)/python setup.py -q build_ext --inplace
 
-demo: build ## train a small GPT, with torch's AdamW beside it
+demo: build ## train a small GPT on two ranks, beside what torch has for it (RANKS=1: in one process)
+ifeq ($(RANKS),1)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
+else
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(cores=$$(nproc); echo $$((cores > $(RANKS) ? cores / $(RANKS) : 1)))} \
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node $(RANKS) \
+	examples/train_gpt.py --out docs/demo.png $(ARGS)
+endif
 
 test: lint types build ## lint, types and tests
 	$(BIN)/python -m pytest $(ARGS)

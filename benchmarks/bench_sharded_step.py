@@ -3,11 +3,9 @@
 Every contestant has a model of its own in both processes, and all of them see the same batches.
 """
 
-import importlib.util
-
 import pytest
 
-from benchmarks.distributed_entries import ALONE, DDP, FSDP2, UNSHARDED, ZERO, Field, Way, share, times
+from benchmarks.distributed_entries import ALONE, DDP, FSDP2, UNSHARDED, ZERO, Field, Way, ours, share, times
 from benchmarks.distributed_model import GPT2, TINY
 from benchmarks.distributed_ranks import Ranks
 from benchmarks.results import Case
@@ -16,11 +14,6 @@ WORLD = 2
 SHM, SHM_1 = "pyshard shm, stage 2", "pyshard shm, stage 1"
 COLLECTIVE, OVERLAPPED = "pyshard collective, stage 2", "pyshard collective, stage 2, model="
 COLLECTIVE_1 = "pyshard collective, stage 1"
-
-
-def ours(name: str, role: str = "ours", **options: object) -> Way:
-    """A row of pyshard.ShardedAdamW."""
-    return Way(name, "pyshard", options, "pyshard-torch", role)
 
 
 WAYS = [
@@ -43,8 +36,8 @@ def bench_sharded_step(measure, settings) -> None:
     if settings.device != "cpu":
         pytest.skip("processes of one thread on one host; see the CPU result")
     work = settings.pick(GPT2, TINY)
-    if work.hugging_face and importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed (requirements/bench.txt)")
+    if work.missing():
+        pytest.skip(work.missing())
     with Ranks(WORLD) as ranks:
         field = Field(ranks, work, settings.peers)
         measure(

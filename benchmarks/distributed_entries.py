@@ -19,7 +19,7 @@ from benchmarks import machine
 from benchmarks.distributed_model import Work
 from benchmarks.distributed_ranks import Ranks
 from benchmarks.harness import Absent, Contestant, Run
-from benchmarks.results import Target, ratio
+from benchmarks.results import Target, ratio, within
 
 STEPS = 2  # timed steps per sample, after one without the clock
 
@@ -40,6 +40,11 @@ class Way:
     alone: str = ALONE  # forward and backward of the same model without the rest
 
 
+def ours(name: str, role: str = "ours", dtype: str = "float32", alone: str = ALONE, **options: Any) -> Way:
+    """A row of pyshard.ShardedAdamW."""
+    return Way(name, "pyshard", options, "pyshard-torch", role, dtype, alone)
+
+
 def missing(way: Way, wanted: Sequence[str]) -> str:
     """Why a way cannot race, or "" if it can. `wanted`: the packages asked for, ["all"] for every one."""
     if way.package == "pyshard-torch":
@@ -57,7 +62,7 @@ def missing_argument(options: dict[str, Any]) -> str:
         optimizer = importlib.import_module("pyshard").ShardedAdamW
     except (AttributeError, ImportError) as error:
         return str(error)
-    names = {"with_model": "model", "wire": "reduce_dtype"}
+    names = {"with_model": "model", "wire": "reduce_dtype", "own_group": "process_group"}
     transport = options.get("transport", "auto")
     if transport != "auto" and importlib.util.find_spec(f"pyshard.comm.{transport}") is None:
         return f"pyshard.comm has no transport {transport} yet"
@@ -90,11 +95,12 @@ class Field:
     """Contestants that train side by side in the same processes.
 
     Notes of each: time inside step(); what a step takes beyond forward and backward alone; bytes sent per step and
-    rank; memory. Its result, to compare: the losses at its last steps, mean over ranks.
+    rank, and the time that a link of `mbit` between the ranks needs for them; memory. Its result, to compare: the
+    losses at its last steps, mean over ranks.
     """
 
-    def __init__(self, ranks: Ranks, work: Work, wanted: Sequence[str]):
-        self.ranks, self.work, self.wanted = ranks, work, wanted
+    def __init__(self, ranks: Ranks, work: Work, wanted: Sequence[str], mbit: float = 0):
+        self.ranks, self.work, self.wanted, self.mbit = ranks, work, wanted, mbit
         self.logs: dict[str, Log] = {}
 
     def entry(self, way: Way) -> Contestant | Absent:
@@ -104,10 +110,7 @@ class Field:
             return Absent(way.name, reason)
 
         def make() -> Run:
-            arguments = {"work": asdict(self.work) | {"dtype": way.dtype}, "way": way.way, "options": way.options}
-            self.ranks.call(way.name, "benchmarks.distributed_ways:build", **arguments)
-            found = self.ranks.call(way.name, "sizes")
-            log = self.logs[way.name] = Log(sizes={key: max(size[key] for size in found) for key in found[0]})
+            log = self.build(way)
             compared = way.way not in ("alone", "unsharded")  # those see the batches of one rank alone
             return Run(
                 lambda: log.add(self.ranks.call(way.name, "sample", steps=STEPS)),
@@ -118,13 +121,25 @@ class Field:
 
         return Contestant(way.name, machine.version(way.package), make, role=way.role)
 
+    def build(self, way: Way) -> Log:
+        """Builds it on all ranks; what it holds is in the log."""
+        arguments = {"work": asdict(self.work) | {"dtype": way.dtype}, "way": way.way, "options": way.options}
+        self.ranks.call(way.name, "benchmarks.distributed_ways:build", **arguments)
+        found = self.ranks.call(way.name, "sizes")
+        log = self.logs[way.name] = Log(sizes={key: max(size[key] for size in found) for key in found[0]})
+        return log
+
     def _notes(self, way: Way, log: Log) -> dict[str, float]:
         found: dict[str, float] = {}
         if way.way != "alone":
             found["step() ms"] = log.median("update") * 1e3
         if way.way != "alone" and way.alone in self.logs:
             found["exposed ms"] = (log.median("seconds") - self.logs[way.alone].median("seconds")) * 1e3
-        return found | {"sent MB": log.median("sent") / 1e6} | log.sizes
+        found["sent MB"] = log.median("sent") / 1e6
+        if self.mbit:
+            found["link ms"] = found["sent MB"] * 8e3 / self.mbit
+            found["compute ms"] = self.logs[way.alone].median("seconds") * 1e3
+        return found | log.sizes
 
 
 def times(bound: float, peer: str, subject: str) -> Target:
@@ -135,3 +150,24 @@ def times(bound: float, peer: str, subject: str) -> Target:
 def share(bound: float, other: str, subject: str) -> Target:
     """The subject takes at most `bound` times the time of the other."""
     return Target(f"{subject}: ≤ {bound:g}x {other}", lambda s: ratio(s, subject, other), bound, at_least=False)
+
+
+def at_most(ms: float, subject: str) -> Target:
+    """The subject's median in milliseconds."""
+    return Target(f"{subject}: ≤ {ms:g} ms", within(ms, "ms", subject).measure, ms, at_least=False)
+
+
+def exposed_within(bound: float, subject: str) -> Target:
+    """What a step takes beyond forward and backward is at most `bound` times what the link needs beyond them.
+
+    Not judged where the link needs less than forward and backward, and so could be hidden behind them.
+    """
+
+    def measure(summary: dict[str, Any]) -> float | None:
+        row = next((row for row in summary["contestants"] if row["name"] == subject), None)
+        if row is None or row["notes"]["link ms"] <= row["notes"]["compute ms"]:
+            return None
+        notes = row["notes"]
+        return float(notes["exposed ms"] / (notes["link ms"] - notes["compute ms"]))
+
+    return Target(f"{subject}: exposed ≤ {bound:g}x what the link needs beyond compute", measure, bound, at_least=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ class Work:
     length: int
     dtype: str = "float32"
     hugging_face: bool = True  # or the demo's model, which needs nothing beyond torch
+
+    def missing(self) -> str:
+        """Why the model cannot be built here, or "" if it can."""
+        if self.hugging_face and importlib.util.find_spec("transformers") is None:
+            return "transformers is not installed (requirements/bench.txt)"
+        return ""
 
     def title(self) -> str:
         kind = "GPT2LMHeadModel" if self.hugging_face else "the demo's GPT"

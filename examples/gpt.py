@@ -14,6 +14,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over all bytes, in nats, computed in fp32 whatever the dtype of the logits (batch, time, 256)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
 class Block(nn.Module):
     """Attention, then a two-layer network, each added to its input: (batch, time, width) in and out."""
 
@@ -64,8 +69,8 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per byte, computed in fp32 whatever the dtype of the weights."""
-        return F.cross_entropy(self(tokens).float().flatten(0, 1), targets.flatten())
+        """Mean cross-entropy of the model's predictions, in nats per byte."""
+        return cross_entropy(self(tokens), targets)
 
     @torch.no_grad()
     def generate(self, prompt: bytes, length: int, seed: int, temperature: float = 0.7) -> str:

@@ -2,32 +2,53 @@
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from checkpoint import read
+from gpt import GPT
+from ranks import FIRST, WORLD, together, wait
 from text import Text
 
-# 3.2 million parameters. On two idle cores both runs together took 1.1 minutes in bf16 and 2.2 in fp32.
+# 3.2 million parameters. On two idle cores 1000 steps of both runs in one process took 1.1 minutes in bf16 and 2.2 in
+# fp32; TODO of all five runs on two ranks, in fp32.
 MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 128}
-BATCH = 4
-STEPS = 1000
-WITHOUT_BF16 = "A CPU measured to be slower at bf16 matrix products than at fp32 ones gets fp32, and a line says so"
-RESUME = "The losses are those of an uninterrupted run, bit for bit; the torch run goes on from the same file"
+BATCH = 4  # sequences of all ranks together
+STEPS = 350
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DEFAULT_DTYPE = (
+    "default: bf16 in one process, fp32 on several ranks, where losses can be compared to their last digits. A CPU "
+    "measured to be slower at bf16 matrix products than at fp32 ones gets fp32, and a line says so"
+)
+SAVE = "write a checkpoint of pyshard's run: a file in one process, a directory on several ranks"
+RESUME = (
+    "go on from this checkpoint, saved by any number of ranks. With the same number the losses are those of an "
+    "uninterrupted run, bit for bit. Runs of torch go on from it, too"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line from all ranks, which leave together: one that left early would end the others unheard."""
+        if FIRST:
+            self._print_message(f"{self.prog}: error: {message}\n", sys.stderr)
+        wait()
+        sys.exit(2)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options, checked: `text` is loaded, `dtype` a torch dtype, `resume` the checkpoint or None, `start`
-    its step, and `config` holds what a run must share with the one that it resumes.
+    """The options, checked: `text` is loaded, `dtype` a torch dtype, `start` the step to begin with, `saved` what the
+    checkpoint says of its run (or None), and `config` what a run must share with the one that it resumes.
 
-    Bad input ends the process with one line and exit code 2.
+    All ranks call it together. Bad input ends the process with one line and exit code 2.
     """
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # so that an error is one line, without a page of usage before it
-        description="Trains a byte-level GPT with pyshard.AdamW and, beside it, from the same weights and on "
-        "the same batches, with torch.optim.AdamW. Prints a table and a sample of text, and draws a PNG.",
+    parser = _Parser(
+        description="Trains a byte-level GPT with pyshard and, beside it, from the same weights and on the same "
+        "batches, with torch: with AdamW in one process, and under torchrun with ShardedAdamW on several ranks beside "
+        "DistributedDataParallel and ZeroRedundancyOptimizer. Prints a table and a sample of text, and draws a PNG.",
     )
     flag = parser.add_argument
     flag(
@@ -36,25 +57,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="text to train on; default: the language reference of Python",
     )
-    flag("--dtype", choices=DTYPES, help=f"dtype of weights and gradients; default: bf16. {WITHOUT_BF16}")
+    flag("--dtype", choices=DTYPES, help=f"dtype of weights and gradients; {DEFAULT_DTYPE}")
     flag("--steps", type=int, default=STEPS, metavar="N", help="length of the training; default: %(default)s")
     flag("--stop-at", type=int, metavar="N", help="end early, after step N of --steps, as if interrupted")
     flag("--seed", type=int, default=0, metavar="N", help="seed of weights, batches and sample; default: 0")
-    flag("--save", type=Path, metavar="PATH", help="write a checkpoint of the pyshard run when it ends")
-    flag("--resume", type=Path, metavar="PATH", help=f"go on from this checkpoint. {RESUME}")
-    flag("--no-compare", action="store_true", help="leave out the torch run")
+    flag("--save", type=Path, metavar="PATH", help=SAVE)
+    flag("--resume", type=Path, metavar="PATH", help=RESUME)
+    flag("--no-compare", action="store_true", help="leave out all runs but the one that is saved")
     flag("--out", type=Path, default=Path("train_gpt.png"), metavar="PNG", help="picture; default: %(default)s")
     flag("--sample", type=int, default=400, metavar="N", help="bytes of text to sample; default: %(default)s")
-    flag("--losses", type=Path, metavar="JSON", help="write the losses of all steps and runs to this file")
+    flag(
+        "--record",
+        type=Path,
+        metavar="JSON",
+        help="write the losses of all steps and runs, and a digest of their final weights, to this file",
+    )
     options = parser.parse_args(arguments)
     try:
-        _check(options)
+        together(lambda: _check(options))
+        _check_resume(options)
     except ValueError as error:
         parser.error(str(error))
     return options
 
 
 def _check(options: argparse.Namespace) -> None:
+    if BATCH % WORLD:
+        raise ValueError(
+            f"{WORLD} ranks, expected a number that divides the batch of {BATCH} sequences; give torchrun "
+            "--nproc-per-node 2"
+        )
     if options.steps <= 0:
         raise ValueError(f"--steps is {options.steps}, expected at least 1")
     if options.stop_at is None:
@@ -65,55 +97,62 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed is {options.seed}, expected 0 to 2^63 - 1")
     if options.sample < 0:
         raise ValueError(f"--sample is {options.sample}, expected at least 0")
-    for flag in ("out", "save", "losses"):
+    for flag in ("out", "save", "record"):
         path = getattr(options, flag)
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"--{flag} {path}: expected a file name in a folder that exists and can be written")
+        if path is None:
+            continue
+        folder = flag == "save" and WORLD > 1
+        if (path.is_file() if folder else path.is_dir()) or not os.access(path.parent, os.W_OK):
+            kind = "a directory, there already or new," if folder else "a file name"
+            raise ValueError(f"--{flag} {path}: expected {kind} in a folder that exists and can be written")
+    if options.resume is not None and not options.resume.exists():
+        raise ValueError(f"--resume {options.resume}: no such file or directory; expected one written by --save")
     try:
         options.text = Text(options.text, MODEL["context"])
     except OSError as error:
         raise ValueError(f"--text {options.text}: {error.strerror}; expected a file to read") from error
-    checkpoint = None if options.resume is None else _checkpoint(options.resume)
-    name = options.dtype or (checkpoint["config"]["dtype"] if checkpoint else _measured_dtype())
+
+
+def _check_resume(options: argparse.Namespace) -> None:
+    """Reads the checkpoint, settles the dtype, and compares the settings of both runs. The same on all ranks."""
+    options.saved, options.start = None, 0
+    if options.resume is not None:
+        options.saved = _saved(options.resume)
+        options.start = options.saved["step"]
+    name = options.dtype or (options.saved["config"]["dtype"] if options.saved else _default_dtype())
     options.dtype = DTYPES[name]
-    options.config = {
-        "steps": options.steps,
-        "seed": options.seed,
-        "dtype": name,
-        "text": options.text.digest,
-    }
-    options.config |= {"batch": BATCH, **MODEL}
-    options.start = 0
-    if checkpoint:
-        _check_resume(options, checkpoint)
-        options.start = checkpoint["step"]
-    options.resume = checkpoint
-
-
-def _check_resume(options: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    config = {"steps": options.steps, "seed": options.seed, "dtype": name, "text": options.text.digest}
+    options.config = config | {"batch": BATCH, **MODEL}
+    if options.saved is None:
+        return
     for name, here in options.config.items():
-        saved = checkpoint["config"].get(name)
+        saved = options.saved["config"].get(name)
         if saved != here:
             raise ValueError(
                 f"--resume {options.resume}: saved by a run with {name} = {saved}, but here {name} = {here}; "
                 f"expected the same, so give the settings of that run, or start afresh without --resume"
             )
-    if checkpoint["step"] >= options.stop_at:
+    if options.start >= options.stop_at:
         raise ValueError(
-            f"--resume {options.resume}: it is at step {checkpoint['step']} and this run ends at step "
+            f"--resume {options.resume}: it is at step {options.start} and this run ends at step "
             f"{options.stop_at}, so nothing is left to do; resume what was saved with --stop-at"
         )
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"--resume {path}: no such file; expected one written by --save")
+def _saved(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
     try:
-        checkpoint = torch.load(path, weights_only=True)
-        checkpoint["config"]["dtype"], checkpoint["step"], checkpoint["optimizer"]
+        saved = read(path, GPT(**MODEL))
+        saved["config"]["dtype"], saved["step"], saved["scheduler"]
     except Exception as error:  # torch.load names no set of errors for a file that is not its own
-        raise ValueError(f"--resume {path}: not a checkpoint written by --save ({type(error).__name__})") from error
-    return checkpoint
+        # pyshard.load_checkpoint, which reads a directory, says what is wrong; torch.load says it in a page.
+        reason = str(error) if path.is_dir() else type(error).__name__
+        raise ValueError(f"--resume {path}: not a checkpoint written by --save of this demo ({reason})") from error
+    return saved
+
+
+def _default_dtype() -> str:
+    return "fp32" if WORLD > 1 else _measured_dtype()
 
 
 def _measured_dtype() -> str:

@@ -37,12 +37,14 @@ class Text:
         self.training = torch.frombuffer(bytearray(data[:-held_out]), dtype=torch.uint8).long()
         self.validation = torch.frombuffer(bytearray(data[-held_out:]), dtype=torch.uint8).long()
 
-    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (size, context). They follow from the seed and the step alone, so a resumed run
-        sees the batches that an uninterrupted one sees."""
+    def batch(self, seed: int, step: int, size: int, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (size / parts, context): one of the equal parts of a batch of `size` windows, which
+        follow from the seed and the step alone. So a resumed run sees what an uninterrupted one sees, and several
+        ranks see together what one process sees."""
         draw = random.Random(f"{seed}/{step}")
         starts = [draw.randrange(len(self.training) - self.context) for _ in range(size)]
-        return self._windows(self.training, starts)
+        share = size // parts
+        return self._windows(self.training, starts[part * share : (part + 1) * share])
 
     def validation_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """`size` windows spread evenly over the held-out text, the same for every run."""

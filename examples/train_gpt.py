@@ -1,9 +1,11 @@
-"""Trains a small GPT on real text with pyshard.AdamW, and beside it, step by step, with torch.optim.AdamW.
+"""Trains a small GPT on real text with pyshard, and beside it, step by step, in the ways that torch has.
 
-    python examples/train_gpt.py            # one to two minutes on two cores; --help lists the flags
+    python examples/train_gpt.py                                               # in one process; --help lists the flags
+    python -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_gpt.py              # on two ranks
 
-The loop in `train` is an ordinary torch loop, and the import of AdamW is all that pyshard changes in it.
-Clipping and the fp32 precision behind 16-bit weights happen in step(); baseline.py does both with torch alone.
+The loop in `train` is an ordinary torch loop. In one process pyshard changes the import of AdamW in it. On several
+ranks each one trains on its part of each batch, ShardedAdamW averages the gradients and keeps one part of the
+optimizer's state on each: no wrapper around the model. baseline.py is what torch needs for the same.
 """
 
 import json
@@ -12,18 +14,26 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 
+import ranks
 import torch
-from baseline import TorchAdamW
-from gpt import GPT
+from checkpoint import load, save
+from gpt import GPT, cross_entropy
 from options import BATCH, MODEL, parse
 from picture import draw
 from report import Run, table
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
+from ways import ways
 
-from pyshard import AdamW
+from pyshard import ShardedAdamW
 
-LEARNING_RATE, WARM_UP = 1e-3, 40
+WARM_UP = 40  # steps
+SPIN = 0.01  # seconds: a thread that has nothing more to do was seen to keep a core busy for up to 0.008
+EXPLANATION = """
+In each run all ranks ended with the same weights, bit for bit. Times are those of the slowest rank at each step. Bytes
+are those of tensors, after a step. Slots: memory in which gradients travel from rank to rank, at stage 1 all of them,
+at stage 2 three buckets at a time; then each rank keeps the sum of its part. Here they travel by
+transport {}: {}."""
 
 
 def schedule(step: int, steps: int) -> float:
@@ -32,64 +42,82 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / WARM_UP, 1.0) * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def train(run: Run, options: Namespace) -> Iterator[None]:
-    """One training run; yields after each step, so that two runs can take turns on the same machine."""
+def prepare(run: Run, options: Namespace) -> None:
+    """Model, optimizer and scheduler of a run, as new or as a checkpoint has them; all ranks call it."""
     torch.manual_seed(options.seed)
-    model = GPT(**MODEL).to(options.dtype)
-    optimizer = run.optimizer_class(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0
-    )
-    scheduler = LambdaLR(optimizer, lambda step: schedule(step, options.steps))
-    run.model, run.optimizer, run.scheduler = model, optimizer, scheduler
+    run.model = GPT(**MODEL).to(options.dtype)
+    run.network, run.optimizer = run.build(run.model)
+    run.scheduler = LambdaLR(run.optimizer, lambda step: schedule(step, options.steps))
     if options.resume:
-        model.load_state_dict(options.resume["model"])
-        optimizer.load_state_dict(options.resume["optimizer"])
-        scheduler.load_state_dict(options.resume["scheduler"])
+        load(options.resume, options.saved, run)
 
+
+def train(run: Run, options: Namespace) -> Iterator[None]:
+    """One training run on this rank; yields after each step, so that runs can take turns on the same machine."""
+    network, optimizer, scheduler = run.network, run.optimizer, run.scheduler
     for step in range(options.start, options.stop_at):
-        inputs, targets = options.text.batch(options.seed, step, BATCH)
+        inputs, targets = options.text.batch(options.seed, step, BATCH, *run.part)
         begin = time.perf_counter()
         optimizer.zero_grad()
-        loss = model.loss(inputs, targets)
+        loss = cross_entropy(network(inputs), targets)
         loss.backward()
         middle = time.perf_counter()
         optimizer.step()
         end = time.perf_counter()
         scheduler.step()
-        run.record(loss.item(), begin, middle, end)
+        run.add(loss.item(), begin, middle, end)
         yield
 
 
-def save(run: Run, options: Namespace) -> None:
-    """Writes what --resume reads. The optimizer's part has torch's layout, for torch.optim.AdamW to load."""
-    states = {name: getattr(run, name).state_dict() for name in ("model", "optimizer", "scheduler")}
-    torch.save({"config": options.config, "step": options.stop_at, **states}, options.save)
+def take_turns(runs: list[Run], options: Namespace) -> None:
+    """A step of each run in turn, so that whatever else the machine does slows all of them alike."""
+    trainings = [train(run, options) for run in runs]
+    rounds = range(options.start, options.stop_at)
+    with tqdm(rounds, initial=options.start, total=options.stop_at, unit="step", disable=not ranks.FIRST) as bar:
+        for _ in bar:
+            for run, training in zip(runs, trainings, strict=True):
+                if run.here:
+                    torch.set_num_threads(run.threads)
+                    next(training)
+                if run.alone:
+                    time.sleep(SPIN)
+                ranks.wait()
+            bar.set_postfix_str(" | ".join(run.progress() for run in runs if run.here), refresh=False)
+    for run in runs:
+        run.gather()
 
 
-def main() -> None:
-    options = parse()
-    runs = [Run("pyshard", "pyshard.AdamW", AdamW)]
-    if not options.no_compare:
-        runs.append(Run("torch", "torch.optim.AdamW", TorchAdamW))  # in bf16 with fp32 masters: baseline.py
-
-    tokens = BATCH * MODEL["context"]
-    with tqdm(total=options.stop_at, initial=options.start, unit="step") as bar:
-        for _ in zip(*(train(run, options) for run in runs), strict=True):
-            bar.set_postfix_str(" | ".join(run.progress(tokens) for run in runs), refresh=False)
-            bar.update()
-
+def show(runs: list[Run], options: Namespace) -> None:
+    """Table, sample, picture."""
+    torch.set_num_threads(max(run.threads for run in runs))
     for run in runs:
         run.validate(*options.text.validation_batch(size=64))
     print(table(runs))
-    print(f"\nA sample of the model that {runs[0].title} trained:\n")
-    print(runs[0].model.generate(b"The ", length=options.sample, seed=options.seed))
-    if options.losses:
-        options.losses.write_text(json.dumps({run.name: run.losses for run in runs}))
-    if options.save:
-        save(runs[0], options)
-        print(f"\nCheckpoint: {options.save}")
+    ours = runs[-1]
+    if isinstance(ours.optimizer, ShardedAdamW):
+        print(EXPLANATION.format(ours.optimizer.transport().name, ours.optimizer.transport().why))
+    print(f"\nA sample of the model that {ours.label} trained:\n")
+    print(ours.model.generate(b"The ", length=options.sample, seed=options.seed))
+    if options.record:
+        records = {run.name: {"losses": run.record.losses, "weights": run.record.weights} for run in runs}
+        options.record.write_text(json.dumps(records))
     draw(runs, options)
     print(f"\nPicture: {options.out}")
+
+
+def main() -> None:
+    ranks.join()
+    options = parse()
+    runs = ways(options.dtype, options.no_compare)
+    for run in runs:
+        prepare(run, options)
+    take_turns(runs, options)
+    if options.save:
+        save(options.save, runs[-1], config=options.config, step=options.stop_at)
+        print(f"\nCheckpoint: {options.save}")
+    if ranks.FIRST:
+        show(runs, options)
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What each rank does in the tests of the symm_mem transport, in Triton's interpreter over memory that ranks share.
+"""What each rank does in the tests of the symm_mem transport.
 
-The functions run in processes of their own (ranks.py) and raise AssertionError where something is wrong.
+On CPU tensors in Triton's interpreter, over memory that ranks share; some of it on GPUs too. The functions run in
+processes of their own (ranks.py) and raise AssertionError where something is wrong.
 """
 
 import os
@@ -39,10 +40,20 @@ SENTINEL = 0xA5
 TIMEOUT = 60.0  # seconds; of tests in which nobody is missing
 
 
-def connect(timeout: float = TIMEOUT, group: dist.ProcessGroup | None = None) -> SymmMemTransport:
-    made = SymmMemTransport.create(group, CPU, timeout)
+def connect(device: str = "cpu", group: dist.ProcessGroup | None = None) -> SymmMemTransport:
+    """A transport; `device` may be "cuda", of which rank r takes the r-th."""
+    place = torch.device(device, dist.get_rank()) if device == "cuda" else CPU
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    made = SymmMemTransport.create(group, place, TIMEOUT)
     assert isinstance(made, SymmMemTransport), made
     return made
+
+
+def settle(transport: SymmMemTransport) -> None:
+    """Waits for what has been enqueued."""
+    if transport.device.type == "cuda":
+        torch.cuda.synchronize(transport.device)
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -86,14 +97,16 @@ class Sharded:
             param_at += row.offset * arrays["param"].element_size()
             grad_at += row.offset * arrays["grad"].element_size()
             run = cuts[rank], cuts[rank + 1]
-            state = {name: t[run[0] : run[1]].clone() for name, t in arrays.items() if name not in ("param", "grad")}
+            state = {
+                n: t[slice(*run)].clone().to(transport.device) for n, t in arrays.items() if n not in ("param", "grad")
+            }
             self.parts.append(Part(row, arrays, param_at, grad_at, run, state))
             param_at += -(-arrays["param"].nbytes // 64) * 64 + 64
             grad_at += -(-arrays["grad"].nbytes // 64) * 64 + 64
         self.arena = transport.arena(param_at, grad_at, slots)
         assert not self.arena.params.any() and not self.arena.slot(slots - 1).any()
         self.arena.params.fill_(SENTINEL)
-        self.expected = self.arena.params.clone()
+        self.expected = self.arena.params.cpu().clone()
         self.store_expected()
         self.arena.params.copy_(self.expected)
         self.kinds = tuple(sorted({row.kind for row in rows}))
@@ -128,20 +141,26 @@ class Sharded:
             rows.append([param, addresses[0], grad, *addresses[1:], vmax, b - a, kind])
         return torch.tensor(rows, dtype=torch.int64).view(-1, 8), [row[6] for row in rows]
 
+    def inputs(
+        self, slot: int, skip: bool = False
+    ) -> tuple[Tensor, Tensor, int, Tensor, Tensor, tuple[int, ...], bool]:
+        """What triton_sharded.adam takes first."""
+        rows, sizes = self.table(self.arena.slot(slot).data_ptr())
+        blocks = first_block(sizes, ADAM_BLOCK)
+        tensors = rows, blocks, scalars_of(HYPERS, SCALE), control_of(skip=float(skip))
+        rows, device_blocks, scalars, control = (t.to(self.transport.device) for t in tensors)
+        return rows, device_blocks, int(blocks[-1]), scalars, control, self.kinds, self.aligned
+
     def launch(self, slot: int, fused: bool, skip: bool = False) -> int | None:
         """The step on the device, from arrive() to publish(); returns the ticket."""
         arena, operation = self.arena, f"step {self.steps}"
-        rows, sizes = self.table(arena.slot(slot).data_ptr())
-        blocks = first_block(sizes, ADAM_BLOCK)
+        inputs = self.inputs(slot, skip)
         signals = ticket = None
         if fused:
             signals, ticket = arena.fused(slot, operation)
         else:
             arena.arrive(slot, operation)
-        triton_sharded.adam(
-            *(rows, blocks, int(blocks[-1]), scalars_of(HYPERS, SCALE), control_of(skip=float(skip))),
-            *(self.kinds, self.aligned, arena.source_deltas, arena.target_deltas, self.transport.state, signals),
-        )
+        triton_sharded.adam(*inputs, arena.source_deltas, arena.target_deltas, self.transport.state, signals)
         if not fused:
             arena.release(slot)
             ticket = arena.publish(0, 0, [], operation)
@@ -172,19 +191,22 @@ class Sharded:
     def check(self) -> None:
         """All parameters on this rank, the bytes between them, and the state that it owns."""
         who = f"rank {self.transport.rank}, step {self.steps}"
+        params = self.arena.params.cpu()
         for part in self.parts:
             want = part.arrays["param"]
-            got = self.arena.params[part.param_at : part.param_at + want.nbytes].clone().view(want.dtype)
+            got = params[part.param_at : part.param_at + want.nbytes].clone().view(want.dtype)
             assert_same_bits(got, want, f"{who}: param of {part.row}")
             for name, tensor in part.own.items():
-                assert_same_bits(tensor, part.arrays[name][part.run[0] : part.run[1]], f"{who}: {name} of {part.row}")
+                assert_same_bits(
+                    tensor.cpu(), part.arrays[name][part.run[0] : part.run[1]], f"{who}: {name} of {part.row}"
+                )
             self.expected[part.param_at : part.param_at + want.nbytes] = raw(got)  # any NaN is a NaN
-        assert torch.equal(self.arena.params, self.expected), f"{who}: bytes between parameters have changed"
+        assert torch.equal(params, self.expected), f"{who}: bytes between parameters have changed"
 
 
-def steps(rank: int, world: int, rows: list[Row], seed: int, count: int, fused: bool) -> None:
+def steps(rank: int, world: int, rows: list[Row], seed: int, count: int, fused: bool, device: str = "cpu") -> None:
     """Some steps on random rows; the third one is skipped."""
-    transport = connect()
+    transport = connect(device)
     sharded = Sharded(transport, rows, seed)
     for i in range(count):
         sharded.step(fused, skip=i == 2)
@@ -385,9 +407,9 @@ def expect_error(act: Callable[[], object], culprit: int, operation: str) -> str
     raise AssertionError(f"{operation}: no PeerError")
 
 
-def silent(rank: int, world: int, seed: int, fused: bool) -> None:
+def silent(rank: int, world: int, seed: int, fused: bool, device: str = "cpu") -> None:
     """The last rank never sends the second time: the others learn it, and their parameters stay as they were."""
-    transport = connect()
+    transport = connect(device)
     sharded = Sharded(transport, [Row(4, 2500), Row(8, 1300)], seed)
     sharded.step(fused)
     transport.exchange(b"", "one step")
@@ -400,18 +422,21 @@ def silent(rank: int, world: int, seed: int, fused: bool) -> None:
         text = "step 1"
         if fused:
             sharded.launch(1, True)  # leaves by itself; the next look of the host raises
+            settle(transport)
             message = expect_error(lambda: sharded.arena.acquire(0, "slot"), world - 1, text)
         else:
-            message = expect_error(lambda: sharded.launch(1, False), world - 1, text)
+
+            def apart() -> None:
+                sharded.launch(1, False)
+                settle(transport)
+                transport.check()
+
+            message = expect_error(apart, world - 1, text)
         assert "has not answered for 2 s" in message
         sharded.check()
         # Whatever is launched now leaves at once as well.
-        rows, sizes = sharded.table(sharded.arena.slot(1).data_ptr())
-        blocks, arena = first_block(sizes, ADAM_BLOCK), sharded.arena
-        triton_sharded.adam(
-            *(rows, blocks, int(blocks[-1]), scalars_of(HYPERS, SCALE), control_of(), sharded.kinds, True),
-            *(arena.source_deltas, arena.target_deltas, transport.state),
-        )
+        arena = sharded.arena
+        triton_sharded.adam(*sharded.inputs(1), arena.source_deltas, arena.target_deltas, transport.state)
         triton_sharded.signal(arena._peers, triton_sharded.Flags(arena._written, 1000))
         sharded.check()
         for act in (lambda: transport.exchange(b"", "x"), lambda: transport.arena(8, 8, 1), lambda: arena.release(1)):

@@ -25,7 +25,7 @@ from .adam import Adam
 from .forward import Gathering
 from .plan import named_params
 from .reducer import SLOTS, InPlace, Reducer
-from .sharded_step import Kind, block_order, end_of_backward, finish_rounds, hear_all, step_on_ranks
+from .sharded_step import Kind, begin, block_order, end_of_backward, finish_rounds, hear_all, step_on_ranks
 from .shards import Generation, Shard
 from .witness import Witness
 
@@ -293,13 +293,13 @@ class ShardedAdam(Adam):
                     shard.bind()
         except (TypeError, ValueError, RuntimeError) as error:
             problem = error
+        news = begin(self, problem)
         try:
-            step_on_ranks(self, self._groups, problem)
+            step_on_ranks(self, self._groups, news)
         except (PeerError, FloatingPointError):
             raise
-        except BaseException as error:
-            if error is not problem:
-                self.transport().abort(f"{type(error).__name__}: {error}")
+        except BaseException as error:  # here alone: the others wait
+            self.transport().abort(f"{type(error).__name__}: {error}")
             raise
 
     def synchronize(self) -> None:

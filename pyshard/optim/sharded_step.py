@@ -133,13 +133,18 @@ def end_of_backward(optimizer: "ShardedAdam", news: News) -> None:
     optimizer._witness.tell(optimizer, finite=not any(struct.unpack("<q", one)[0] for one in heard))
 
 
-def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], error: Exception | None) -> None:
-    """The step. Parameters and state change in place, or, after an error, not at all."""
+def begin(optimizer: "ShardedAdam", error: Exception | None) -> News:
+    """What all ranks know at the beginning of a step. Raises as hear_all(), and nothing has changed then."""
     news = hear_all(optimizer, Kind.STEP, error)
     while news.backward:  # others have had a backward, and this rank none
         end_of_backward(optimizer, news)
         optimizer._witness.take_back("")
         news = hear_all(optimizer, Kind.STEP)
+    return news
+
+
+def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], news: News) -> None:
+    """The step. Parameters and state change in place; or not at all, if a gradient is not finite."""
     scaled = getattr(optimizer, "grad_scale", None) is not None
     optimizer._witness.watching = scaled
     try:
