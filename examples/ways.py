@@ -1,0 +1,60 @@
+"""The ways to train that the demo compares: what each does with a fresh model."""
+
+from typing import Any
+
+import torch
+from baseline import TorchAdamW, ZeroAdamW, averaged
+from gpt import GPT
+from ranks import WORLD
+from report import Run
+from torch import nn
+
+from pyshard import AdamW, ShardedAdamW
+
+SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 1.0}
+# MB. Gradients pass through three slots of this size, or of the largest bucket. With the default, made for larger
+# models, the slots would hold as much as all gradients of this small one.
+BUCKET = 1
+
+Way = tuple[nn.Module, torch.optim.Optimizer]  # what to call for logits, and what trains it
+
+
+def fused(model: GPT) -> Way:
+    return model, AdamW(model.parameters(), **SETTINGS)
+
+
+def sharded(model: GPT, stage: int) -> Way:
+    return model, ShardedAdamW(model.parameters(), stage=stage, bucket_mb=BUCKET, **SETTINGS)
+
+
+def torch_alone(model: GPT) -> Way:
+    return model, TorchAdamW(model.parameters(), **SETTINGS)
+
+
+def torch_ddp(model: GPT) -> Way:
+    return averaged(model), TorchAdamW(model.parameters(), **SETTINGS)
+
+
+def torch_zero(model: GPT) -> Way:
+    return averaged(model), ZeroAdamW(model.parameters(), **SETTINGS)
+
+
+def ways(dtype: torch.dtype, no_compare: bool) -> list[Run]:
+    """The runs to make. The last one is pyshard's; it is saved, and gives the sample."""
+    if WORLD == 1:
+        ours = Run("pyshard", ("pyshard.AdamW", ""), fused)
+        return [ours] if no_compare else [Run("torch", ("torch.optim.AdamW", ""), torch_alone), ours]
+    ours = Run("stage2", ("ShardedAdamW", "stage 2"), lambda model: sharded(model, 2))
+    if no_compare:
+        return [ours]
+    runs = [
+        Run("torch", ("torch AdamW", "one process"), torch_alone, alone=True),
+        Run("ddp", ("DDP", "torch AdamW"), torch_ddp),
+        Run("zero", ("DDP", "ZeroRedundancy"), torch_zero),
+        Run("stage1", ("ShardedAdamW", "stage 1"), lambda model: sharded(model, 1)),
+        ours,
+    ]
+    if dtype != torch.float32:
+        print("ZeroRedundancyOptimizer is left out: torch keeps no fp32 master weights in it.")
+        runs = [run for run in runs if run.name != "zero"]
+    return runs
