@@ -146,6 +146,10 @@ class TwoHosts:
             sent = [after - earlier for after, earlier in zip(self.sent(), before, strict=True)]
             return Result(codes, outputs, sent, took)
 
+    def cut(self) -> None:
+        """The link fails: what is sent from now on is lost, and nobody is told."""
+        _tool("ip", "-n", self.names[0], "link", "set", INTERFACES[0], "down")
+
     def sent(self) -> list[int]:
         """Bytes that each host has put on the link so far, headers included."""
         found = []

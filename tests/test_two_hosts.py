@@ -157,6 +157,45 @@ transport.close()
 """
 
 
+AFTER_THE_CUT = """
+import sys, time, torch, torch.distributed as dist
+from pyshard.comm import PeerError
+from pyshard.comm.collective import CollectiveTransport
+dist.init_process_group("gloo")
+transport = CollectiveTransport(None, torch.device("cpu"), 2.0)
+arena = transport.arena(0, 2000, 1)
+turn = 0
+try:
+    while True:
+        arena.send(0, [(0, 1000), (1000, 2000)], "a reduction")
+        arena.arrive(0, "a reduction")
+        arena.release(0)
+        arena.acquire(0, "a reduction")
+        turn += 1
+        if turn == 10:
+            print("training", flush=True)
+except PeerError as error:
+    print(error.rank, error)
+"""
+
+
+@needs_hosts
+def test_cut_link_is_noticed_after_the_timeout(tmp_path: Path) -> None:
+    """No connection is closed then; each rank gives up the other one after 2 s."""
+    command = [sys.executable, "-c", AFTER_THE_CUT]
+    paths = [tmp_path / "0", tmp_path / "1"]
+    with TwoHosts() as hosts, paths[0].open("w") as first, paths[1].open("w") as second:
+        both = hosts.start([command, command], [first, second], cwd=Path(__file__).parents[1])
+        for _ in range(3000):
+            if all("training" in path.read_text() for path in paths):
+                break
+            time.sleep(0.01)
+        hosts.cut()
+        for rank, (process, path) in enumerate(zip(both, paths, strict=True)):
+            assert process.wait(30) == 0, path.read_text()
+            assert f"{1 - rank} collective transport, a reduction: rank {1 - rank} has not answered" in path.read_text()
+
+
 @needs_hosts
 def test_a_reduction_over_the_link_moves_half_the_bytes() -> None:
     """8 MB of gradients on each of two ranks: each sends 4 MB. gloo's reduce_scatter would send 8."""
