@@ -123,7 +123,10 @@ class _Summed(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
-        self._file.write(rest)
+        try:
+            self._file.write(rest)
+        except OSError as error:  # which does not say where
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         written = len(rest)
         while rest:
             used = self._size % BLOCK

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim import Optimizer
 
-from . import files, state
+from . import files, naming, state
+from .contents import Contents
 from .ranks import Ranks
 from .saving import agreed_path
 
@@ -49,7 +49,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
     ranks.hint = "Nothing was changed."
 
     def look() -> tuple[state.ModelLoad, state.OptimizerLoad | None, dict[str, Any]]:
-        contents = state.Contents(FileSystemReader(directory))
+        contents = Contents(directory)
         extra = torch.load(directory / files.EXTRA, map_location="cpu", weights_only=True)
         optimizer = None if opt is None else state.OptimizerLoad(model, opt, contents)
         return state.ModelLoad(model, contents), optimizer, extra
@@ -58,7 +58,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
     ranks.hint = "Model and optimizer are partly loaded: load a checkpoint before you use them."
 
     def load() -> str:
-        state.settle(opt)
+        naming.settle(opt)
         of_model.run()
         return "" if of_optimizer is None else of_optimizer.run()
 

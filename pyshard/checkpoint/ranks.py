@@ -134,9 +134,14 @@ class Ranks:
     # ---- errors ----
 
     def _failure(self, operation: str, error: BaseException) -> _Failure:
-        kinds = [kind.__name__ for kind in _OF_THE_CALLER if type(error) is kind]
-        text = str(error) if kinds else f"{type(error).__name__}: {error}"
-        return _Failure(self.ranks[self.rank], operation, text, *kinds or [""])
+        rank, kind = self.ranks[self.rank], type(error)
+        if kind in _OF_THE_CALLER:
+            return _Failure(rank, operation, str(error), kind.__name__)
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):  # torch.save hides a full disk behind its own error
+            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        error = cause or error
+        return _Failure(rank, operation, f"{type(error).__name__}: {error}", "")
 
     def _loss(self, operation: str, rank: int, error: Exception) -> _Failure:
         return _Failure(self.ranks[rank], operation, _plain(error), "lost")

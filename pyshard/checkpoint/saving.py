@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .._version import __version__
 from ..comm import PeerError
-from . import files, state
+from . import files, naming
 from .ranks import Ranks
 
 
@@ -54,7 +54,7 @@ def save_checkpoint(
             raise ValueError(f"keep={keep!r}; expected a whole number, at least 1.")
         if ranks.first:
             payload.append(_packed(extra))
-        return state.to_save(model, opt)
+        return naming.to_save(model, opt)
 
     payload: list[bytes] = []
     with torch.no_grad():
@@ -100,8 +100,8 @@ def _write(
     def plan() -> SavePlan:
         if not directory.is_dir():
             raise FileNotFoundError(
-                f"{directory}, which the first rank has made, is not there on every rank; expected a path on a file "
-                "system that all ranks share."
+                f"{directory}, which the first rank has made for this save, is not there. Save to a path on a file "
+                "system that all ranks share, into which no other run saves."
             )
         planner.set_up_planner(saved, writer.storage_meta(), ranks.first)
         writer.set_up_storage_writer(ranks.first, rank=ranks.rank, use_collectives=True)

@@ -1,19 +1,12 @@
-"""Model and optimizer as a checkpoint holds them: names, what is saved, and loading in place.
+"""Loading a model and an optimizer in place."""
 
-The keys are those of torch's get_model_state_dict and get_optimizer_state_dict:
-
-    model.<name>    optimizer.state.<name of the parameter>.<item>    optimizer.param_groups.<i>.<hyperparameter>
-"""
-
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import _get_fqns, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from ..kernels.formats import LOW_KEY, format_of
@@ -22,95 +15,9 @@ from ..optim import state as states
 from ..optim.adam import Adam
 from ..optim.flat_shard import FlatShard, take
 from ..optim.sharded import ShardedAdam
-
-# ---- names ----
-
-
-def names_of(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
-    """The name of each parameter of an optimizer, as torch.distributed.checkpoint names it.
-
-    Raises:
-        ValueError: a parameter is not the model's.
-    """
-    names: dict[Tensor, str] = {param: next(iter(_get_fqns(model, name))) for name, param in model.named_parameters()}
-    for index, param in enumerate(params_of(optimizer)):
-        if param not in names:
-            raise ValueError(
-                f"parameter {index} of the optimizer, of shape {tuple(param.shape)}, is not in the model; expected the "
-                "model whose parameters it trains. Pass that model."
-            )
-    return names
-
-
-def params_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (param for group in optimizer.param_groups for param in group["params"])
-
-
-# ---- what is saved ----
-
-
-def to_save(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    """The state_dict that goes to torch.distributed.checkpoint; its tensors are those that train, or copies."""
-    settle(optimizer)
-    saved: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if optimizer is not None:
-        names = names_of(model, optimizer)
-        by_index = [names[param] for param in params_of(optimizer)]
-        held = optimizer.state_dict()
-        groups = held["param_groups"]
-        saved["optimizer"] = {
-            "state": {by_index[index]: items for index, items in held["state"].items()},
-            "param_groups": [{**group, "params": [by_index[i] for i in group["params"]]} for group in groups],
-        }
-    return saved
-
-
-def settle(optimizer: Optimizer | None) -> None:
-    """Waits for parameters that are still on their way from other ranks."""
-    synchronize = getattr(optimizer, "synchronize", None)
-    if synchronize is not None:
-        synchronize()
-
-
-# ---- what a checkpoint has ----
-
-
-class Item(NamedTuple):
-    """A value of a checkpoint: its key, and the dtype and shape if it is a tensor."""
-
-    key: str
-    tensor: TensorStorageMetadata | None
-
-
-class Contents:
-    """A directory that torch.distributed.checkpoint has written."""
-
-    def __init__(self, reader: FileSystemReader):
-        self.reader = reader
-        self.metadata: Metadata = reader.read_metadata()
-        self.reader.set_up_storage_reader(self.metadata, True, rank=0, use_collectives=True)
-        self.items: dict[tuple[Any, ...], Item] = {}
-        for key, path in self.metadata.planner_data.items():
-            stored = self.metadata.state_dict_metadata[key]
-            if isinstance(stored, TensorStorageMetadata):
-                covered = sum(chunk.sizes.numel() for chunk in stored.chunks)
-                if covered != stored.size.numel():
-                    raise ValueError(
-                        f"the checkpoint has {covered} of the {stored.size.numel()} elements of {key}. It was made on "
-                        "some of the ranks only: save it anew, on all of them."
-                    )
-            self.items[path] = Item(key, None if isinstance(stored, BytesStorageMetadata) else stored)
-
-    def read(self, values: dict[str, Any]) -> None:
-        """Fills the tensors of `values` in place with the elements that they hold, and replaces all else."""
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(values, self.metadata, False)
-        self.reader.read_data(planner.create_local_plan(), planner).wait()
-
-    def below(self, *path: Any) -> dict[tuple[Any, ...], Item]:
-        """All values whose path begins so, by the rest of it."""
-        return {rest[len(path) :]: item for rest, item in self.items.items() if rest[: len(path)] == path}
-
+from . import naming
+from .contents import Contents, Item
+from .naming import params_of
 
 # ---- loading: the model ----
 
@@ -126,7 +33,7 @@ class ModelLoad:
                     f"{name} of the model is on the meta device; expected one with memory. Materialize the model "
                     "first: model.to_empty(device=...)."
                 )
-        self.held = get_model_state_dict(model)
+        self.held = naming.state_of(model)
         planner = DefaultLoadPlanner()
         planner.set_up_planner({"model": dict(self.held)}, contents.metadata)
         self.wanted: dict[str, Any] = planner.state_dict
@@ -146,8 +53,8 @@ class ModelLoad:
         planner = DefaultLoadPlanner()
         planner.set_up_planner(values, self.contents.metadata)
         self.contents.reader.read_data(planner.create_local_plan(), planner).wait()
-        # The tensors are the model's own already; this is for what else a model saves, and for its hooks.
-        set_model_state_dict(self.model, self.held)
+        # The tensors are the model's own already; this is for what else it saves, and for its hooks.
+        naming.give(self.model, self.held)
 
 
 def _check_names(what: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -184,7 +91,7 @@ class OptimizerLoad:
     def __init__(self, model: nn.Module, optimizer: Optimizer, contents: Contents):
         self.optimizer, self.contents = optimizer, contents
         self.sharded = optimizer if isinstance(optimizer, ShardedAdam) and optimizer.world > 1 else None
-        self.names = names_of(model, optimizer)
+        self.names = naming.names_of(model, optimizer)
         self.items: dict[str, dict[str, Item]] = {}
         for path, item in contents.below("optimizer", "state").items():
             if len(path) != 2:
