@@ -320,3 +320,35 @@ def test_2000_steps_do_not_grow(transport: str, stage: int) -> None:
     for outcome in ranks.run(_no_growth, 2, transport, stage, seconds=300):
         early, _, late = outcome.value
         assert late - early < 1 << 20, outcome.value
+
+
+def _loaded_in_training(rank: int, world: int, stage: int) -> bool:
+    """State loaded, and state replaced by hand, while training goes on."""
+    import pyshard
+
+    model = _model()
+    twin, reference = _twin(model, world)
+    opt = pyshard.ShardedAdamW(model.parameters(), lr=1e-2, stage=stage)
+    early: list[Any] = []
+    for step in range(6):
+        model(_data(rank, step)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        _sum_over_ranks(twin, world, step)
+        reference.step()
+        if step == 1:
+            early = [copy.deepcopy(o.full_state_dict() if o is opt else o.state_dict()) for o in (opt, reference)]
+        if step == 3:
+            opt.load_state_dict(early[0])
+            reference.load_state_dict(early[1])
+        if step == 4:
+            for o in (opt, reference):
+                for p in o.param_groups[0]["params"]:
+                    o.state[p] = {k: v * 0.5 if k != "step" else v for k, v in o.state[p].items()}
+    return _equal(_weights(model), _weights(twin))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_state_loaded_in_training(stage: int) -> None:
+    for outcome in ranks.run(_loaded_in_training, 2, stage):
+        assert outcome.value is True

@@ -32,7 +32,9 @@ def launch_of(optimizer: "ShardedAdam", shard: Shard, flags: bytes, flat: Tensor
     groups = optimizer.param_groups
     made_from = [(len(group["params"]), plan.switches(group)) for group in groups]
     if shard.launch is not None and shard.made_from == made_from:
-        if shard.launch.table.refresh(shard.groups, shard.states):
+        kept = optimizer.state
+        same = all(shard.states.get(q) is kept.get(p) for q, p in zip(shard.pieces, shard.params, strict=True))
+        if same and shard.launch.table.refresh(shard.groups, shard.states):
             return shard.launch
     shard.launch = None
     shard.launch = _make(optimizer, shard)
