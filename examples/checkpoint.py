@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gpt import GPT
-from ranks import WORLD
+from group import WORLD
 from report import Run
 
 from pyshard import Adam, AdamW

@@ -5,7 +5,7 @@ from statistics import fmean, median
 
 import matplotlib
 import torch
-from ranks import WORLD
+from group import WORLD
 from report import KINDS, Run, furthest
 
 matplotlib.use("Agg")  # draws to files alone, so that no display is needed

@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 import torch
 from gpt import GPT
-from ranks import FIRST, RANK, WORLD, gather
+from group import FIRST, RANK, WORLD, gather
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 

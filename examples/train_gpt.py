@@ -14,7 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 
-import ranks
+import group
 import torch
 from checkpoint import load, save
 from gpt import GPT, cross_entropy
@@ -73,7 +73,7 @@ def take_turns(runs: list[Run], options: Namespace) -> None:
     """A step of each run in turn, so that whatever else the machine does slows all of them alike."""
     trainings = [train(run, options) for run in runs]
     rounds = range(options.start, options.stop_at)
-    with tqdm(rounds, initial=options.start, total=options.stop_at, unit="step", disable=not ranks.FIRST) as bar:
+    with tqdm(rounds, initial=options.start, total=options.stop_at, unit="step", disable=not group.FIRST) as bar:
         for _ in bar:
             for run, training in zip(runs, trainings, strict=True):
                 if run.here:
@@ -81,7 +81,7 @@ def take_turns(runs: list[Run], options: Namespace) -> None:
                     next(training)
                 if run.alone:
                     time.sleep(SPIN)
-                ranks.wait()
+                group.wait()
             bar.set_postfix_str(" | ".join(run.progress() for run in runs if run.here), refresh=False)
     for run in runs:
         run.gather()
@@ -106,7 +106,7 @@ def show(runs: list[Run], options: Namespace) -> None:
 
 
 def main() -> None:
-    ranks.join()
+    group.join()
     options = parse()
     runs = ways(options.dtype, options.no_compare)
     for run in runs:
@@ -115,9 +115,9 @@ def main() -> None:
     if options.save:
         save(options.save, runs[-1], config=options.config, step=options.stop_at)
         print(f"\nCheckpoint: {options.save}")
-    if ranks.FIRST:
+    if group.FIRST:
         show(runs, options)
-    ranks.leave()
+    group.leave()
 
 
 if __name__ == "__main__":

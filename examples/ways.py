@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from baseline import TorchAdamW, ZeroAdamW, averaged
 from gpt import GPT
-from ranks import WORLD
+from group import WORLD
 from report import Run
 from torch import nn
 

@@ -12,12 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import demo_runs
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "train_gpt.py"
 STEPS, STOP = 6, 3
-SETTINGS = ["--steps", str(STEPS), "--seed", "7", "--sample", "20"]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # Bounds on the difference of two runs in the loss of a step. fp32: sums over a batch or over ranks, and a few
@@ -29,13 +30,18 @@ BOUND = {"fp32": 5e-6, "bf16": 2e-3}
 
 @dataclass
 class Outcome:
+    """What a run said, with its files."""
+
     code: int
     out: str
     err: str
+    folder: Path
     losses: dict[str, list[float]]
-    weights: dict[str, list[str]]  # of each run, a digest for each rank
-    picture: Path
-    checkpoint: Path
+    weights: dict[str, list[str]]  # of each way to train, a digest for each rank
+
+    @property
+    def checkpoint(self) -> str:
+        return str(self.folder / "checkpoint")
 
 
 @dataclass
@@ -43,26 +49,35 @@ class Story:
     """An uninterrupted run, one that stopped in the middle, and the one that went on from there."""
 
     dtype: str
-    text: Path
+    flags: list[str]
     whole: Outcome
     stopped: Outcome
     resumed: Outcome
 
 
-def demo(folder: Path, *flags: str, ranks: int = 1) -> Outcome:
-    """Runs the script with its files in `folder`. One thread per rank, that does not spin: the machine may be shared,
-    and bits must not hang on how many there are."""
+def files(folder: Path) -> list[str]:
+    """The flags for the files that a run writes, in a new folder."""
     folder.mkdir()
-    picture, record, checkpoint = folder / "out.png", folder / "record.json", folder / "checkpoint"
-    files = ["--out", str(picture), "--record", str(record), "--save", str(checkpoint)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    names = {"--out": "out.png", "--record": "record.json", "--save": "checkpoint"}
+    return [part for flag, name in names.items() for part in (flag, str(folder / name))]
+
+
+def outcome(folder: Path, code: int, out: str, err: str) -> Outcome:
+    record = folder / "record.json"
+    runs = json.loads(record.read_text()) if record.exists() else {}
+    losses, weights = ({name: run[key] for name, run in runs.items()} for key in ("losses", "weights"))
+    return Outcome(code, out, err, folder, losses, weights)
+
+
+def start(*command: str) -> tuple[int, str, str]:
+    """Runs Python, with one thread per rank, since bits must not hang on how many there are. Threads do not spin: the
+    machine may be shared."""
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, *torchrun, str(SCRIPT), *files, *flags],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": search},
     )
     try:
@@ -71,42 +86,75 @@ def demo(folder: Path, *flags: str, ranks: int = 1) -> Outcome:
         process.terminate()  # torchrun then ends its ranks, which it would not if it were killed
         process.wait(60)
         raise
-    runs = json.loads(record.read_text()) if record.exists() else {}
-    losses, weights = ({name: run[key] for name, run in runs.items()} for key in ("losses", "weights"))
-    return Outcome(process.returncode, out, err, losses, weights, picture, checkpoint)
+    return process.returncode, out, err
 
 
-def finished(folder: Path, *flags: str, ranks: int = 1) -> Outcome:
-    outcome = demo(folder, *flags, ranks=ranks)
-    assert outcome.code == 0, outcome.err
-    return outcome
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "counting.txt"
-    path.write_text("".join(f"{i} and {i} make {2 * i}.\n" for i in range(300)))
-    return path
+def demo(folder: Path, *flags: str, launcher: list[str]) -> Outcome:
+    """The demo in processes of its own."""
+    result = outcome(folder, *start(*launcher, str(SCRIPT), *files(folder), *flags))
+    assert result.code == 0, result.err
+    return result
 
 
-def tell(folder: Path, text: Path, dtype: str, ranks: int) -> Story:
-    flags = [*SETTINGS, "--text", str(text)]
-    whole = finished(folder / "whole", *flags, "--dtype", dtype, ranks=ranks)
-    stopped = finished(
-        folder / "stopped", *flags, "--dtype", dtype, "--stop-at", str(STOP), "--no-compare", ranks=ranks
-    )
-    resumed = finished(folder / "resumed", *flags, "--resume", str(stopped.checkpoint), ranks=ranks)
-    return Story(dtype, text, whole, stopped, resumed)
+def here(folder: Path, *flags: str) -> Outcome:
+    """The demo in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = outcome(folder, **demo_runs.run([*files(folder), *flags]))
+    finally:
+        torch.set_num_threads(threads)
+    assert result.code == 0, result.err
+    return result
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Story:
-    return tell(tmp_path_factory.mktemp("one"), text, "bf16", ranks=1)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Story:
-    return tell(tmp_path_factory.mktemp("two"), text, "fp32", ranks=2)
+def flags(folder: Path) -> list[str]:
+    """Of all runs: a small text, few steps."""
+    text = folder / "counting.txt"
+    text.write_text("".join(f"{i} and {i} make {2 * i}.\n" for i in range(300)))
+    return ["--text", str(text), "--steps", str(STEPS), "--seed", "7", "--sample", "20"]
+
+
+@pytest.fixture(scope="module")
+def story(folder: Path, flags: list[str]) -> Story:
+    whole = demo(folder / "whole", *flags, "--dtype", "bf16", launcher=[])
+    stopped = here(folder / "stopped", *flags, "--dtype", "bf16", "--stop-at", str(STOP), "--no-compare")
+    resumed = here(folder / "resumed", *flags, "--resume", stopped.checkpoint)
+    return Story("bf16", flags, whole, stopped, resumed)
+
+
+@dataclass
+class TwoRanks(Story):
+    from_file: Outcome  # went on from the checkpoint of one process
+    refused: Outcome
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, flags: list[str], story: Story) -> TwoRanks:
+    whole = demo(folder / "whole 2", *flags, "--dtype", "fp32", launcher=TORCHRUN)
+    folders = [folder / name for name in ("stopped 2", "resumed 2", "from file", "refused")]
+    more = [
+        ["--dtype", "fp32", "--stop-at", str(STOP), "--no-compare"],
+        ["--resume", str(folders[0] / "checkpoint")],
+        ["--resume", story.stopped.checkpoint],
+        ["--steps", "0"],
+    ]
+    runs = [[*files(f), *flags, *own] for f, own in zip(folders, more, strict=True)]
+    code, _, err = start(*TORCHRUN, demo_runs.__file__, json.dumps(runs), str(folder / "runs.json"))
+    assert code == 0, err
+    results = json.loads((folder / "runs.json").read_text())
+    outcomes = [outcome(f, **result) for f, result in zip(folders, results, strict=True)]
+    assert [o.code for o in outcomes] == [0, 0, 0, 2], [o.err for o in outcomes]
+    return TwoRanks("fp32", flags, whole, *outcomes)
 
 
 def largest_gap(a: list[float], b: list[float]) -> float:
@@ -171,7 +219,7 @@ def test_the_table_holds_losses_times_and_bytes(story: Story) -> None:
 
 
 def check_picture(outcome: Outcome) -> None:
-    data = outcome.picture.read_bytes()
+    data = (outcome.folder / "out.png").read_bytes()
     assert data.startswith(PNG_SIGNATURE) and data.endswith(b"IEND\xaeB`\x82")
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
     assert width >= 1000 and height >= 500
@@ -191,7 +239,7 @@ WAYS = ["torch", "ddp", "zero", "stage1", "stage2"]
 SHARDED = ["stage1", "stage2"]
 
 
-def test_two_ranks_have_the_losses_of_one_process(two: Story) -> None:
+def test_two_ranks_have_the_losses_of_one_process(two: TwoRanks) -> None:
     losses = two.whole.losses
     assert list(losses) == WAYS
     assert losses["torch"][-1] < losses["torch"][0] - 0.5
@@ -199,7 +247,7 @@ def test_two_ranks_have_the_losses_of_one_process(two: Story) -> None:
     assert all(gap <= BOUND["fp32"] for gap in gaps.values()), gaps
 
 
-def test_two_ranks_end_with_the_same_weights(two: Story) -> None:
+def test_two_ranks_end_with_the_same_weights(two: TwoRanks) -> None:
     weights = two.whole.weights
     assert [len(weights[way]) for way in WAYS] == [1, 2, 2, 2, 2]
     assert all(len(set(weights[way])) == 1 for way in WAYS), weights
@@ -208,7 +256,7 @@ def test_two_ranks_end_with_the_same_weights(two: Story) -> None:
     assert two.whole.losses["stage1"] == two.whole.losses["stage2"]
 
 
-def test_a_run_resumed_on_two_ranks_repeats_losses_and_weights_bit_for_bit(two: Story) -> None:
+def test_a_run_resumed_on_two_ranks_repeats_losses_and_weights_bit_for_bit(two: TwoRanks) -> None:
     whole = two.whole.losses["stage2"]
     assert two.stopped.losses == {"stage2": whole[:STOP]}
     for stage in SHARDED:
@@ -216,24 +264,23 @@ def test_a_run_resumed_on_two_ranks_repeats_losses_and_weights_bit_for_bit(two: 
         assert two.resumed.weights[stage] == two.whole.weights["stage2"]
 
 
-def test_all_ways_go_on_from_the_checkpoint_of_two_ranks(two: Story) -> None:
+def test_all_ways_go_on_from_the_checkpoint_of_two_ranks(two: TwoRanks) -> None:
     whole, losses = two.whole.losses["stage2"], two.resumed.losses
     assert list(losses) == WAYS
     gaps = {way: largest_gap(losses[way], whole[STOP:]) for way in WAYS}
     assert all(gap <= BOUND["fp32"] for gap in gaps.values()), gaps
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two_ranks(two: Story, tmp_path: Path) -> None:
-    flags = [*SETTINGS, "--text", str(two.text), "--resume", str(two.stopped.checkpoint)]
-    losses, whole = finished(tmp_path / "one", *flags).losses, two.whole.losses["stage2"]
+def test_one_process_goes_on_from_the_checkpoint_of_two_ranks(two: TwoRanks, tmp_path: Path) -> None:
+    losses = here(tmp_path / "one", *two.flags, "--resume", two.stopped.checkpoint).losses
+    whole = two.whole.losses["stage2"]
     gaps = {way: largest_gap(losses[way], whole[STOP:]) for way in ("torch", "pyshard")}
     assert all(gap <= BOUND["fp32"] for gap in gaps.values()), gaps
 
 
-def test_two_ranks_go_on_from_the_checkpoint_of_one_process(story: Story, tmp_path: Path) -> None:
+def test_two_ranks_go_on_from_the_checkpoint_of_one_process(story: Story, two: TwoRanks) -> None:
     """In bf16: with fp32 master weights, which ZeroRedundancyOptimizer has not."""
-    flags = [*SETTINGS, "--text", str(story.text), "--resume", str(story.stopped.checkpoint)]
-    outcome, whole = finished(tmp_path / "two", *flags, ranks=2), story.whole.losses["pyshard"]
+    outcome, whole = two.from_file, story.whole.losses["pyshard"]
     assert list(outcome.losses) == ["torch", "ddp", "stage1", "stage2"]
     assert "ZeroRedundancyOptimizer is left out" in outcome.out
     gaps = {way: largest_gap(losses, whole[STOP:]) for way, losses in outcome.losses.items()}
@@ -245,7 +292,7 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_process(story: Story, tmp_pa
     assert masters == pytest.approx([4 * parameters] * 2 + [parameters] * 2, abs=2 * 4096)
 
 
-def test_the_table_holds_bytes_per_rank(two: Story) -> None:
+def test_the_table_holds_bytes_per_rank(two: TwoRanks) -> None:
     out = two.whole.out
     whole = cells(out, "weights")[0]
     assert cells(out, "weights") == [whole] * 5
@@ -263,7 +310,7 @@ def test_the_table_holds_bytes_per_rank(two: Story) -> None:
     assert all(ms > 0 for ms in cells(out, "ms per step, median"))
 
 
-def test_only_the_first_rank_speaks(two: Story) -> None:
+def test_only_the_first_rank_speaks(two: TwoRanks) -> None:
     for outcome in (two.whole, two.stopped, two.resumed):
         assert outcome.out.count("Picture:") == outcome.out.count("Checkpoint:") == 1
         assert "transport shm: all 2 ranks run on this host" in outcome.out
@@ -271,19 +318,12 @@ def test_only_the_first_rank_speaks(two: Story) -> None:
     assert re.search(r"torch [\d.]+, \d+ ms \| ddp .* \| stage2 [\d.]+, \d+ ms", two.whole.err)
 
 
-def test_bad_input_on_two_ranks_is_one_line(tmp_path: Path) -> None:
-    outcome = demo(tmp_path / "run", "--steps", "0", ranks=2)
-    assert outcome.code != 0 and outcome.out == ""
-    assert outcome.err.count("error: --steps is 0, expected at least 1\n") == 1
-
-
 # ---- bad input ----
 
 
-def test_bad_input_ends_the_script_with_one_line_and_code_2(tmp_path: Path) -> None:
-    outcome = demo(tmp_path / "run", "--steps", "0")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == "train_gpt.py: error: --steps is 0, expected at least 1\n"
+def test_bad_input_on_two_ranks_is_one_line_and_code_2(two: TwoRanks) -> None:
+    assert (two.refused.code, two.refused.out) == (2, "")
+    assert two.refused.err == "train_gpt.py: error: --steps is 0, expected at least 1\n"
 
 
 @pytest.mark.parametrize(
@@ -307,16 +347,15 @@ def test_bad_input_ends_the_script_with_one_line_and_code_2(tmp_path: Path) -> N
     ],
 )
 def test_each_bad_flag_is_named(
-    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "short.txt").write_bytes(b"x" * 257)  # one byte less than two windows of 128 + 1
-    error = refusal([flag.format(tmp=tmp_path) for flag in flags], monkeypatch, capsys)
+    error = refusal([flag.format(tmp=tmp_path) for flag in flags], capsys)
     assert message.format(tmp=tmp_path) in error
 
 
-def refusal(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The line that refuses the flags, had from this process: starting one for each takes seconds."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
     from options import parse
 
     with pytest.raises(SystemExit) as stop:
@@ -328,9 +367,8 @@ def refusal(flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_ranks_must_divide_the_batch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(SCRIPT.parent)
     monkeypatch.setattr(__import__("options"), "WORLD", 3)
-    error = refusal([], monkeypatch, capsys)
+    error = refusal([], capsys)
     assert "3 ranks, expected a number that divides the batch of 4 sequences" in error
 
 
@@ -347,20 +385,19 @@ def test_ranks_must_divide_the_batch(monkeypatch: pytest.MonkeyPatch, capsys: py
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
-    kind: str, changed: list[str], message: str, story: Story, two: Story, tmp_path: Path,
+    kind: str, changed: list[str], message: str, story: Story, two: TwoRanks, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     saved = story if kind == "file" else two
     other = tmp_path / "other.txt"
-    other.write_bytes(saved.text.read_bytes()[::-1])
+    other.write_bytes(Path(saved.flags[1]).read_bytes()[::-1])
     stand_in = {"--dtype": {"bf16": "fp32", "fp32": "bf16"}[saved.dtype], "--text": str(other)}
     changed = [changed[0], stand_in.get(changed[0], changed[1])]
-    flags = ["--resume", str(saved.stopped.checkpoint), "--text", str(saved.text), "--steps", str(STEPS), "--seed", "7"]
+    flags = [*saved.flags, "--resume", saved.stopped.checkpoint]
     if changed[0] == "layers":
-        monkeypatch.syspath_prepend(SCRIPT.parent)
         monkeypatch.setitem(__import__("options").MODEL, "layers", 5)
         changed = []
         if kind == "directory":  # which is compared with the model first
             message = "the checkpoint has no model.blocks.4."
-    error = refusal([*flags, *changed], monkeypatch, capsys)
+    error = refusal([*flags, *changed], capsys)
     assert message.format(dtype=saved.dtype) in error
