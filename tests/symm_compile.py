@@ -15,7 +15,7 @@ from triton_compile import TABLE, Compiled, Request
 
 _WAIT = {"buffers": "*i64", "offset": "i64", "value": "i64", "me": "i32", "world": "i32"}
 _STATE = {"state": "*i64", "limit": "i64", "operation": "i32"}
-_FLAGS = dict.fromkeys(("ready", "ready_value", "read", "read_value", "written", "written_value"), "i64")
+_FLAGS = dict.fromkeys(("ready", "ready_value", "read", "read_value", "written", "written_value"), "i32")
 triton_compile._SIGNATURES |= {
     "signals.signal_kernel": {**_WAIT, "state": "*i64"},
     "signals.wait_kernel": {**_WAIT, **_STATE},
@@ -53,8 +53,10 @@ def norm_request(arch: int, world: int, aligned: bool = True) -> Request:
     return Request("sharded_norm.sharded_square_sum_kernel", arch, {"ALIGNED": aligned, "SOURCES": world})
 
 
-def signal_requests(arch: int) -> dict[str, Request]:
-    return {name: Request(f"signals.{name}_kernel", arch) for name in SIGNALS}
+def signal_requests(arch: int, value: str = "i64") -> dict[str, Request]:
+    """`value`: type of what flags are raised to; 32 bits until a flag has been raised 2^31 times."""
+    types = {"offset": "i32", "value": value}
+    return {name: Request(f"signals.{name}_kernel", arch, types=types) for name in SIGNALS}
 
 
 def compile_all(requests: Mapping[str, Request]) -> dict[str, Compiled]:

@@ -4,12 +4,10 @@ On CPU tensors in Triton's interpreter, over memory that ranks share; some of it
 processes of their own (ranks.py) and raise AssertionError where something is wrong.
 """
 
-import os
 import random
-import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -29,8 +27,7 @@ from cuda_tables import (
 from reference import assert_same_bits
 from torch import Tensor
 
-from pyshard.comm import PeerError
-from pyshard.comm.symm_mem import SymmMemTransport, available
+from pyshard.comm.symm_mem import SymmMemTransport
 from pyshard.kernels import reference, triton_sharded
 from pyshard.kernels.formats import unpack_kind
 
@@ -203,6 +200,29 @@ class Sharded:
             self.expected[part.param_at : part.param_at + want.nbytes] = raw(got)  # any NaN is a NaN
         assert torch.equal(params, self.expected), f"{who}: bytes between parameters have changed"
 
+    def step_of_sums(self) -> None:
+        """A step whose gradients were summed up before; the launch only tells the peers. For rows of fp32 gradients."""
+        arena, world, operation = self.arena, self.transport.world, f"step {self.steps}"
+        arena.acquire(0, operation)
+        self.draw(0)
+        arena.send(0, [(0, arena.slot_bytes)] * world, operation)
+        arena.arrive(0, operation)
+        reduced = torch.zeros_like(arena.slot(0))
+        for part in self.parts:
+            span = slice(*(part.grad_at + 4 * i for i in part.run))
+            views = [source[span].view(torch.float32) for source in arena.sources(0)]
+            triton_sharded.reduce(views, reduced[span].view(torch.float32), accumulate=False)
+        arena.release(0)
+        rows, *others = self.inputs(0)
+        rows[:, 2] += reduced.data_ptr() - arena.slot(0).data_ptr()
+        signals, ticket = arena.fused(None, operation)
+        own = torch.zeros(1, dtype=torch.int64, device=self.transport.device)
+        triton_sharded.adam(rows, *others, own, arena.target_deltas, signals=signals)
+        arena.published(ticket, operation)
+        self.reference_step()
+        self.steps += 1
+        self.check()
+
 
 def steps(rank: int, world: int, rows: list[Row], seed: int, count: int, fused: bool, device: str = "cpu") -> None:
     """Some steps on random rows; the third one is skipped."""
@@ -212,6 +232,14 @@ def steps(rank: int, world: int, rows: list[Row], seed: int, count: int, fused: 
         sharded.step(fused, skip=i == 2)
     transport.exchange(b"", "end")
     transport.close()
+
+
+def steps_of_sums(rank: int, world: int, rows: list[Row], seed: int, count: int) -> None:
+    """Steps as stage 2 takes them."""
+    sharded = Sharded(connect(), rows, seed)
+    for _ in range(count):
+        sharded.step_of_sums()
+    sharded.transport.exchange(b"", "end")
 
 
 # ---- slots, sums, messages ----
@@ -358,139 +386,6 @@ def subgroup(rank: int, world: int, members: list[int]) -> list[int]:
     assert [int(source[15]) for source in arena.sources(0)] == members
     transport.exchange(b"", "end")
     return transport.ranks
-
-
-# ---- what cannot be ----
-
-
-def reasons(rank: int, world: int) -> list[str | None]:
-    """What available() says: here, where one rank is elsewhere, where one has tensors that nobody serves."""
-    from pyshard.comm import symm_mem
-
-    found = [available(None, CPU), available(None, torch.device("meta") if rank == 1 else CPU)]
-    if rank == 1:
-        symm_mem._host = lambda: "another"
-    made = SymmMemTransport.create(None, CPU, TIMEOUT)
-    assert isinstance(made, str)
-    return [*found, made]
-
-
-def too_large(rank: int, world: int) -> None:
-    """One rank cannot have the memory: an error on all, and the transport goes on."""
-    import resource
-
-    transport = connect()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        transport.arena(1 << 19, 1 << 19, 2)
-    except MemoryError as error:
-        assert "rank 1" in str(error) and "collective" in str(error), error
-    else:
-        raise AssertionError("rank 1 had no room")
-    arena = transport.arena(1 << 10, 1 << 10, 2)
-    arena.send(0, [(0, 1)] * world, "send")
-    arena.arrive(0, "arrive")
-    transport.exchange(b"", "end")
-
-
-def expect_error(act: Callable[[], object], culprit: int, operation: str) -> str:
-    """Runs what must raise PeerError; returns its message."""
-    try:
-        act()
-    except PeerError as error:
-        assert error.rank == culprit, (error.rank, str(error))
-        assert error.operation == operation, error.operation
-        assert f"rank {culprit}" in str(error) and operation in str(error), str(error)
-        return str(error)
-    raise AssertionError(f"{operation}: no PeerError")
-
-
-def silent(rank: int, world: int, seed: int, fused: bool, device: str = "cpu") -> None:
-    """The last rank never sends the second time: the others learn it, and their parameters stay as they were."""
-    transport = connect(device)
-    sharded = Sharded(transport, [Row(4, 2500), Row(8, 1300)], seed)
-    sharded.step(fused)
-    transport.exchange(b"", "one step")
-    if rank != world - 1:
-        transport.timeout = 2.0
-        sharded.arena._peers = replace(sharded.arena._peers, limit=2 * 10**9)
-        sharded.arena.acquire(1, "slot")
-        sharded.draw(1)
-        sharded.arena.send(1, [], "send")
-        text = "step 1"
-        if fused:
-            sharded.launch(1, True)  # leaves by itself; the next look of the host raises
-            settle(transport)
-            message = expect_error(lambda: sharded.arena.acquire(0, "slot"), world - 1, text)
-        else:
-
-            def apart() -> None:
-                sharded.launch(1, False)
-                settle(transport)
-                transport.check()
-
-            message = expect_error(apart, world - 1, text)
-        assert "has not answered for 2 s" in message
-        sharded.check()
-        # Whatever is launched now leaves at once as well.
-        arena = sharded.arena
-        triton_sharded.adam(*sharded.inputs(1), arena.source_deltas, arena.target_deltas, transport.state)
-        triton_sharded.signal(arena._peers, triton_sharded.Flags(arena._written, 1000))
-        sharded.check()
-        for act in (lambda: transport.exchange(b"", "x"), lambda: transport.arena(8, 8, 1), lambda: arena.release(1)):
-            expect_error(act, world - 1, text)
-    else:
-        time.sleep(6.0)
-        sharded.check()  # nobody has written to this rank either
-        assert not (sharded.arena._own[sharded.arena._written :][: 8 * world].view(torch.int64) >= 1000).any()
-
-
-def killed(rank: int, world: int, victim: int) -> None:
-    """A rank dies; who waits for it on the device is told by who waits for it on the host, long before the timeout."""
-    transport = connect()
-    arena = transport.arena(16, 16, 1)
-    transport.exchange(b"", "start")
-    if rank == victim:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 0:
-        expect_error(lambda: transport.exchange(b"", "beginning of step"), victim, "beginning of step")
-    else:
-        arena.send(0, [(0, 16)] * world, "send")
-        message = expect_error(lambda: arena.arrive(0, "reduction"), victim, "reduction")
-        assert "another rank has found" in message  # and no timeout
-
-
-def aborted(rank: int, world: int) -> None:
-    """A rank says that it has failed: kernels stop waiting, and the text arrives."""
-    transport = connect()
-    arena = transport.arena(16, 16, 1)
-    transport.exchange(b"", "start")
-    if rank == 1:
-        doze(rank, 0, 0.3)
-        transport.abort("ValueError: a gradient of the wrong shape")
-        transport.abort("and once more")
-        time.sleep(5)
-    else:
-        arena.send(0, [(0, 16)] * world, "send")
-        message = expect_error(lambda: arena.arrive(0, "reduction"), 1, "reduction")
-        assert "has failed: ValueError: a gradient of the wrong shape" in message, message
-
-
-def closed(rank: int, world: int) -> None:
-    transport = connect()
-    arena = transport.arena(16, 16, 1)
-    transport.exchange(b"", "end")
-    transport.close()
-    transport.close()
-    for act in (lambda: transport.exchange(b"", "x"), lambda: arena.send(0, [], "x")):
-        try:
-            act()
-        except RuntimeError as error:
-            assert "close()" in str(error)
-        else:
-            raise AssertionError("used after close()")
 
 
 # ---- the optimizer on top ----

@@ -12,7 +12,7 @@ from pyshard.kernels.formats import VALID_KINDS
 
 pytestmark = [
     pytest.mark.skipif(triton.unavailable("cpu") is not None, reason=str(triton.unavailable("cpu"))),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(250),
 ]
 
 SIZES = (1, 3, 1023, 1024, 1100, 2053)
@@ -34,6 +34,12 @@ def test_steps(world: int, fused: bool, rng: np.random.Generator, seed: int) -> 
 
 def test_steps_of_unaligned_rows(rng: np.random.Generator, seed: int) -> None:
     ranks.run(symm_ranks.steps, 2, rows_of(VALID_KINDS[3::7], rng, 1), seed, 3, True)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_steps_on_sums(world: int, rng: np.random.Generator, seed: int) -> None:
+    rows = rows_of((4, 7, 12, 21, 28, 38), rng, 0)  # of fp32 gradients
+    ranks.run(symm_ranks.steps_of_sums, world, rows, seed, 3)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def code(request: pytest.FixtureRequest) -> dict[str, Compiled]:
     steps = {n: adam_request(kinds, arch, world, fused=fused) for n, (kinds, world, fused) in STEPS.items()}
     sums = {n: reduce_request(dtype, arch, world, added) for n, (dtype, world, added) in REDUCTIONS.items()}
     norms = {f"norm of {world}": norm_request(arch, world) for world in (2, 8)}
-    return compile_all(steps | sums | norms | signal_requests(arch))
+    return compile_all(steps | sums | norms | signal_requests(arch, "i32"))
 
 
 def kernel_of(made: Compiled) -> Kernel:

@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import ranks
+import symm_faults
 import symm_ranks
 import torch
 from cuda_tables import HYPERS, Row
@@ -34,7 +35,7 @@ def test_steps(world: int, fused: bool, offset: int, rng: np.random.Generator, s
 @needs_peers
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
 def test_a_rank_that_never_comes(fused: bool, seed: int) -> None:
-    ranks.run(symm_ranks.silent, min(GPUS, 4), seed, fused, "cuda", seconds=280)
+    ranks.run(symm_faults.silent, min(GPUS, 4), seed, fused, "cuda", seconds=280)
 
 
 def test_torch_takes_what_is_asked_of_its_symmetric_memory() -> None:

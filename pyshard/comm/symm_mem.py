@@ -17,7 +17,7 @@ import mmap
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +255,8 @@ class SymmMemTransport(Transport):
         if self._closed or self.world == 1:
             return
         text = torch.frombuffer(bytearray(message.encode()[: _TEXT_BYTES - 1] + b"\0"), dtype=torch.uint8)
-        self._pad[self.rank][self._text :][: text.numel()].copy_(text)
+        with self._aside():
+            self._pad[self.rank][self._text :][: text.numel()].copy_(text)
         self._blame(self.rank)
         self._wire.abort(message)
 
@@ -296,10 +297,12 @@ class SymmMemTransport(Transport):
 
     def _blame(self, index: int) -> None:
         """Lets the kernels of the other ranks stop waiting."""
-        # On a stream of its own: the current one may be held by a kernel that waits.
-        gpu = self.device.type == "cuda"
-        with torch.cuda.stream(torch.cuda.Stream(self.device)) if gpu else nullcontext():
+        with self._aside():
             triton_sharded.abort(self._peers, 0, index)
+
+    def _aside(self) -> AbstractContextManager[Any]:
+        """A stream of its own: the current one may be held by a kernel that waits."""
+        return torch.cuda.stream(torch.cuda.Stream(self.device)) if self.device.type == "cuda" else nullcontext()
 
 
 class SymmMemArena(Arena):
@@ -383,7 +386,8 @@ class SymmMemArena(Arena):
     def fused(self, index: int | None, operation: str) -> tuple[Signals, int]:
         """What triton_sharded.adam needs to do arrive(index), release(index) and publish() itself; and the ticket.
 
-        Counts as these calls; the launch must follow. With index None it only publishes.
+        Counts as these calls; the launch must follow. With index None it only publishes. While it waits its programs
+        hold the GPU: call arrive() before, and this with None, if a peer may be waiting for another stream of this GPU.
         """
         self._transport.check()
         ready = read = None
