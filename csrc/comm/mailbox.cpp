@@ -229,6 +229,8 @@ std::optional<Trouble> Mailbox::await(const Counters& counters, size_t index, ui
     if (now >= next_look) {
       const bool look_closely = now >= next_close_look;
       trouble = gone(look_closely);
+      // The cause may have ended after the look at it, and before the look at its follower.
+      if (trouble && trouble->kind == "blamed") trouble = gone(true);
       next_look = now + kLook;
       if (look_closely) next_close_look = now + kLookClosely;
       if (!trouble && now >= deadline) {
