@@ -2,7 +2,7 @@
 //
 // Each rank has one control block, which it alone writes and all ranks map. Whatever waits here looks at the peers every
 // millisecond: a process descriptor (pidfd) tells of a process that has ended, also when nobody has reaped it, and the
-// block of one that has failed or left.
+// block of one that has failed or left. Now and then it looks for a process that is still ending.
 #pragma once
 
 #include <sys/types.h>
@@ -84,7 +84,7 @@ class Mailbox {
   void check_usable() const;
   std::optional<Trouble> swap_payloads(std::string_view payload, double timeout, const std::vector<char*>& results);
   std::optional<Trouble> await(const Counters& counters, size_t index, uint64_t target, double timeout);
-  std::optional<Trouble> gone() const;
+  std::optional<Trouble> gone(bool look_closely) const;
 
   std::vector<std::shared_ptr<SharedMemory>> memories_;
   size_t rank_;
@@ -92,6 +92,7 @@ class Mailbox {
   pid_t pid_;
   bool spin_;
   Counters rounds_;  // of exchange()
+  std::vector<pid_t> pids_;
   std::vector<int> pidfds_;
   std::atomic<bool> closed_{false};
   std::optional<Trouble> trouble_;

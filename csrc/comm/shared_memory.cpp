@@ -14,6 +14,9 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // in glibc's headers since 2.35
 #endif
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 8U  // Linux 6.3, which may refuse memory without it
+#endif
 
 namespace pyshard {
 namespace {
@@ -27,7 +30,8 @@ constexpr size_t kPiece = size_t{8} << 20;
 }  // namespace
 
 SharedMemory::SharedMemory(size_t bytes, Interrupts interrupts) : bytes_(bytes) {
-  fd_ = memfd_create(kName, MFD_CLOEXEC);
+  fd_ = memfd_create(kName, MFD_CLOEXEC | MFD_NOEXEC_SEAL);
+  if (fd_ < 0 && errno == EINVAL) fd_ = memfd_create(kName, MFD_CLOEXEC);
   if (fd_ < 0) fail("memfd_create");
   try {
     if (ftruncate(fd_, static_cast<off_t>(bytes))) fail("ftruncate to " + std::to_string(bytes) + " bytes");

@@ -160,8 +160,8 @@ class ShmTransport(Transport):
         for rank, found in zip(self.ranks, limits):
             if isinstance(found, str):
                 return f"rank {rank}: {found}"
-        # With each rank's page tables for all ranks' memory: 8 bytes a page.
-        each = layout.size + self.world * layout.size // 512
+        # With page tables, 8 bytes a page, for all of its own memory and its share of each peer's.
+        each = layout.size + 2 * layout.size // 512
         for name in sorted({name for found in limits for name in found}):
             left = min(found[name] for found in limits if name in found)
             sharers = [rank for rank, found in zip(self.ranks, limits) if name in found]
@@ -183,11 +183,12 @@ class ShmTransport(Transport):
             problem = str(error)
         if problem := self._first(problem, "taking memory for an arena"):
             return memories, problem
+        fds = self._share(str(own.fd), "mapping an arena")
         try:
-            for peer, fd in enumerate(self._share(str(own.fd), "mapping an arena")):
-                same = peer == self.rank
-                memories.append(own if same else _C.SharedMemory(self._pids[peer], int(fd), layout.size))
-                memories[-1].populate()
+            for peer, (pid, fd) in enumerate(zip(self._pids, fds)):
+                memories.append(own if peer == self.rank else _C.SharedMemory(pid, int(fd), layout.size))
+            # A peer's pages are mapped as they are touched: of each peer's memory that is this rank's share.
+            own.populate()
         except RuntimeError as error:
             problem = str(error)
         problem = self._first(problem, "mapping an arena")
