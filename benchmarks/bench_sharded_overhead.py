@@ -102,17 +102,17 @@ def bench_sharded_state(measure, settings) -> None:
         reason = missing(way, settings.peers)
         if reason:
             return Absent(name, reason)
-        ideal = sum(sizes) * STATE_BYTES / world
-        notes = {"total / ranks MB": ideal / 1e6}
+        ideal = sum(sizes) * STATE_BYTES / world / 1e6
+        notes = {"total / ranks MB": ideal}
 
         def make() -> Run:
             arguments = {"way": way.way, "options": way.options, "world": world, "work": asdict(work)}
             ranks.call(name, "benchmarks.distributed_overhead:State", **arguments)
-            most = max(ranks.call(name, "nbytes"))
+            most = max(ranks.call(name, "nbytes")) / 1e6
             if way.package == "pyshard-torch":
                 notes["by the layout MB"] = most_owned(sizes, world) * STATE_BYTES / 1e6
                 facts[f"of total / ranks, {world} ranks"] = round(most / ideal, 5)
-            return Run(lambda: float(most), times_itself=True, notes=lambda: notes)
+            return Run(lambda: most, times_itself=True, notes=lambda: notes)
 
         return Contestant(name, machine.version(way.package), make, role=way.role)
 

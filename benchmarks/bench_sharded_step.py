@@ -53,7 +53,7 @@ def bench_sharded_step(measure, settings) -> None:
                     share(1.0, DDP, COLLECTIVE),
                     share(1.0, DDP, OVERLAPPED),
                 ],
-                rounds=12,
+                rounds=10,
                 warmup=0,  # every contestant has trained when its memory was measured
                 reference=DDP,
                 facts={"ranks": WORLD, "batch": [work.batch, work.length]},

@@ -5,15 +5,13 @@ time stands what the link needs for the bytes that were sent (headers included),
 than that, and what a step takes beyond forward and backward alone.
 """
 
-import importlib.util
-
 import pytest
 
+from benchmarks import two_hosts
 from benchmarks.distributed_entries import (
     ALONE,
     DDP,
     FSDP2,
-    UNSHARDED,
     ZERO,
     Field,
     Way,
@@ -31,7 +29,6 @@ FP32, BF16_WIRE, BF16 = "pyshard, fp32", "pyshard, bf16 gradients on the wire", 
 
 WAYS = [
     Way(ALONE, "alone"),
-    Way(UNSHARDED, "unsharded"),
     ours(FP32, "subject", transport="collective", with_model=True),
     ours(BF16_WIRE, transport="collective", with_model=True, wire="bfloat16"),
     Way(DDP, "ddp"),
@@ -48,14 +45,12 @@ WAYS = [
 def bench_sharded_two_hosts(measure, settings, gbit: int) -> None:
     if settings.device != "cpu":
         pytest.skip("processes of one thread on one machine; see the CPU result")
-    if importlib.util.find_spec("benchmarks.two_hosts") is None:
-        pytest.skip("benchmarks/two_hosts.py is not there yet")
-    from benchmarks.two_hosts import TwoHosts
-
     work = settings.pick(GPT2, TINY)
-    if work.missing():
-        pytest.skip(work.missing())
-    with TwoHosts(1000 * gbit) as hosts, Ranks(2, *hosts.start()) as ranks:
+    reason = work.missing() or two_hosts.unavailable()
+    if reason:
+        pytest.skip(reason)
+    link = (two_hosts.ADDRESSES[0], two_hosts.PORT, two_hosts.INTERFACES)
+    with two_hosts.TwoHosts(1000 * gbit) as hosts, Ranks(2, hosts.start, *link) as ranks:
         field = Field(ranks, work, settings.peers, mbit=1000 * gbit)
         measure(
             Case(
@@ -68,7 +63,7 @@ def bench_sharded_two_hosts(measure, settings, gbit: int) -> None:
                     times(2.0, DDP, BF16_WIRE),
                     *(exposed_within(1.1, subject) for subject in (FP32, BF16_WIRE, BF16)),
                 ],
-                rounds=6 if gbit == 1 else 8,
+                rounds=5 if gbit == 1 else 6,
                 warmup=0,
                 reference=DDP,
                 facts={"ranks": 2, "batch": [work.batch, work.length], "gbit_per_s": gbit},

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +23,12 @@ from benchmarks import machine
 START_SECONDS, CALL_SECONDS, GRACE_SECONDS = 120.0, 240.0, 15.0
 
 # A way to start the command of each rank somewhere else than on this host; see Ranks.
-Start = Callable[[list[list[str]], Any], list[subprocess.Popen[bytes]]]
+Start = Callable[[Sequence[Sequence[str]], Any, Path], list[subprocess.Popen[Any]]]
 
 
-def start_here(commands: list[list[str]], log: Any) -> list[subprocess.Popen[bytes]]:
+def start_here(commands: Sequence[Sequence[str]], log: Any, folder: Path) -> list[subprocess.Popen[Any]]:
     """All ranks on this host."""
-    return [subprocess.Popen(c, cwd=machine.ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log) for c in commands]
+    return [subprocess.Popen(c, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log) for c in commands]
 
 
 def free_port() -> int:
@@ -41,8 +41,8 @@ class Ranks:
     """`world` processes in one gloo group, each with one thread on one core. A context manager: it ends them.
 
     Args:
-        start: starts the commands (one per rank), output to the given file. master, port and interface: where rank 0
-            listens and which network device gloo takes, as seen from there.
+        start: starts the commands (one per rank) in a folder, with their output in the given file.
+        master, port, interfaces: where rank 0 listens, and the network device of each rank.
     """
 
     def __init__(
@@ -57,26 +57,17 @@ class Ranks:
         self._broken = ""
         self._folder = tempfile.TemporaryDirectory()
         self._log = Path(self._folder.name) / "log"
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[Any]] = []
         self._connections: list[Connection] = []
+        port = port or free_port()
         listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX", backlog=world)
         try:
-            specs = [
-                {
-                    "rank": rank,
-                    "world": world,
-                    "master": master,
-                    "port": port or free_port(),
-                    "interface": interfaces[rank] if interfaces else "lo",
-                    "socket": listener.address,
-                }
-                for rank in range(world)
-            ]
-            for spec in specs:
-                spec["port"] = specs[0]["port"]
+            shared = {"world": world, "master": master, "port": port, "socket": listener.address}
+            devices = interfaces or ("lo",) * world
+            specs = [{"rank": rank, "interface": device, **shared} for rank, device in enumerate(devices)]
             commands = [[sys.executable, "-m", "benchmarks.distributed_worker", json.dumps(spec)] for spec in specs]
             with self._log.open("wb") as log:
-                self._processes = start(commands, log)
+                self._processes = start(commands, log, machine.ROOT)
             self._accept(listener)
         except BaseException:
             self.close()

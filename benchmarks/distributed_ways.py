@@ -88,7 +88,7 @@ def ddp(work: Work, zero: bool = False, bf16_wire: bool = False, **options: Any)
     return _training(work, model, lambda batch: loss(wrapped, batch), _torch_adamw(model.parameters()))
 
 
-def _bf16_wire(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _bf16_wire(state, bucket):  # bare, as DDP takes annotations only as objects
     """torch's bf16_compress_hook, which DDP refuses by its name outside NCCL, though gloo sums bf16."""
     return default_hooks.bf16_compress_hook(state, bucket)
 

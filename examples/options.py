@@ -13,8 +13,7 @@ from gpt import GPT
 from group import FIRST, WORLD, together, wait
 from text import Text
 
-# 3.2 million parameters. On two idle cores 1000 steps of both runs in one process took 1.1 minutes in bf16 and 2.2 in
-# fp32; TODO of all five runs on two ranks, in fp32.
+# 3.2 million parameters. A step of one run takes 66 ms in fp32 on two idle cores, half of that in bf16.
 MODEL = {"layers": 4, "width": 256, "heads": 4, "context": 128}
 BATCH = 4  # sequences of all ranks together
 STEPS = 350

@@ -46,8 +46,9 @@ def draw(runs: list[Run], options: Namespace) -> None:
         _losses(losses, runs, options.start)
         lowest.set_xlabel("step")
         upper, lower = right.subplots(2, 1)
-        _bars(upper, runs, "ms per step (median)", times)
-        _bars(lower, runs, "bytes held per parameter" + (", on each rank" if WORLD > 1 else ""), memory)
+        _bars(upper, runs, "ms per step (medians)", times, [r.step_ms() for r in records])
+        held = [sum(r.memory.values()) / count for r in records]
+        _bars(lower, runs, "bytes held per parameter" + (", on each rank" if WORLD > 1 else ""), memory, held)
         dtype = str(options.dtype).removeprefix("torch.")
         threads = runs[-1].threads
         figure.suptitle(
@@ -101,10 +102,9 @@ def _differences(axes: Axes, runs: list[Run], start: int) -> None:
     axes.set_title(f"at most {most:.1e}", loc="right", fontsize=9, color=MUTED, pad=2)
 
 
-def _bars(axes: Axes, runs: list[Run], label: str, parts: list[Part]) -> None:
-    """One bar per run, cut into parts with their values, and the sum after its end."""
-    sums = [sum(values[i] for _, _, values in parts) for i in range(len(runs))]
-    longest = max(sums)
+def _bars(axes: Axes, runs: list[Run], label: str, parts: list[Part], totals: list[float]) -> None:
+    """One bar per run, cut into parts with their values, and the total after its end."""
+    longest = max(totals)
     left = [0.0] * len(runs)
     for name, shade, values in parts:
         axes.barh(range(len(runs)), values, left=left, color=shade, height=0.62, label=name)
@@ -113,8 +113,8 @@ def _bars(axes: Axes, runs: list[Run], label: str, parts: list[Part]) -> None:
                 colour = "white" if shade == PYSHARD else INK
                 axes.text(left[i] + value / 2, i, _number(value), ha="center", va="center", color=colour, fontsize=9)
             left[i] += value
-    for i, value in enumerate(sums):
-        axes.text(value + 0.01 * longest, i, _number(value), va="center", color=INK, fontweight="bold", fontsize=9)
+    for i, (end, total) in enumerate(zip(left, totals, strict=True)):
+        axes.text(end + 0.01 * longest, i, _number(total), va="center", color=INK, fontweight="bold", fontsize=9)
     axes.set_xlim(0, 1.12 * longest)
     axes.set_yticks(range(len(runs)), ["\n".join(filter(None, run.title)) for run in runs], color=INK, fontsize=9)
     axes.invert_yaxis()

@@ -29,6 +29,10 @@ class Record:
     memory: dict[str, int] = field(default_factory=dict)  # bytes by kind
     weights: list[str] = field(default_factory=list)  # a digest of their bits, for each rank
 
+    def step_ms(self) -> float:
+        """Median milliseconds of a whole step."""
+        return median(a + b for a, b in zip(self.compute, self.update, strict=True))
+
 
 class Run:
     """One training run by one way to train: `build` gives the network to call and the optimizer, for a model.
@@ -146,7 +150,7 @@ def table(runs: list[Run]) -> str:
     """The runs side by side: losses, median milliseconds per step, bytes held."""
     records = [run.record for run in runs]
     last = min(MEAN_OVER, len(records[0].losses))
-    steps = [median(a + b for a, b in zip(r.compute, r.update, strict=True)) for r in records]
+    steps = [record.step_ms() for record in records]
     held = [sum(r.memory.values()) for r in records]
     rows = [
         (f"training loss, last {last} steps", ".4f", [fmean(r.losses[-last:]) for r in records]),

@@ -47,7 +47,7 @@ class Text:
         return self._windows(self.training, starts[part * share : (part + 1) * share])
 
     def validation_batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """`size` windows, or as many as do not overlap, spread evenly over the held-out text; the same for every run."""
+        """`size` windows, or as many as do not overlap, spread evenly over the held-out text, the same for all runs."""
         last = len(self.validation) - self.context - 1
         size = min(size, 1 + last // self.context)
         return self._windows(self.validation, [last * i // max(size - 1, 1) for i in range(size)])

@@ -30,10 +30,10 @@ from pyshard import ShardedAdamW
 WARM_UP = 40  # steps
 SPIN = 0.01  # seconds: a thread that has nothing more to do was seen to keep a core busy for up to 0.008
 EXPLANATION = """
-In each run all ranks ended with the same weights, bit for bit. Times are those of the slowest rank at each step. Bytes
-are those of tensors, after a step. Slots: memory in which gradients travel from rank to rank, at stage 1 all of them,
-at stage 2 three buckets at a time; then each rank keeps the sum of its part. Here they travel by
-transport {}: {}."""
+In each run all ranks ended with the same weights, bit for bit. Times are those of the slowest rank at each step; bytes
+are those of tensors after a step. Slots: memory in which gradients travel between ranks, all of them at stage 1, three
+buckets of them at stage 2, where each rank then keeps the sum of its part; what waits for a slot during backward comes
+on top. Transport {}: {}."""
 
 
 def schedule(step: int, steps: int) -> float:

@@ -164,15 +164,15 @@ class Folder(FileSystem):
         self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
 
 
-def verify(directory: Path, files: Mapping[str, Entry], rank: int, world: int) -> None:
-    """Checks this rank's share of the blocks of all files.
+def verify(directory: Path, files: Mapping[str, Entry], block: int, rank: int, world: int) -> None:
+    """Checks this rank's share of the blocks, of so many bytes, of all files.
 
     Raises:
         RuntimeError: a file is missing, too short or long, or damaged.
     """
     blocks = [(name, index) for name in sorted(files) for index in range(max(len(files[name]["crc32"]), 1))]
     mine = blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
-    buffer = bytearray(BLOCK)
+    buffer = bytearray(min(block, max((entry["bytes"] for entry in files.values()), default=0)))
     for name in dict.fromkeys(name for name, _ in mine):
         path, entry = directory / name, files[name]
         try:
@@ -181,7 +181,7 @@ def verify(directory: Path, files: Mapping[str, Entry], rank: int, world: int) -
                 if size != entry["bytes"]:
                     raise RuntimeError(f"{path} is damaged: it has {size} bytes; expected {entry['bytes']}")
                 for index in (index for other, index in mine if other == name):
-                    begin, end = index * BLOCK, min((index + 1) * BLOCK, size)
+                    begin, end = index * block, min((index + 1) * block, size)
                     if begin < end and _sum(file, begin, memoryview(buffer)[: end - begin]) != entry["crc32"][index]:
                         raise RuntimeError(
                             f"{path} is damaged: the checksum of its bytes [{begin}, {end}) does not fit them"

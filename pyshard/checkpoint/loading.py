@@ -45,7 +45,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
     directory, manifest, others = ranks.by_first("looking for the checkpoint", lambda: _find(root))
     if others:
         ranks.hint += f" Older checkpoints, which can be loaded by their path: {', '.join(map(str, others))}."
-    ranks.each("checking its files", lambda: files.verify(directory, manifest["files"], ranks.rank, ranks.world))
+    listed, block = manifest["files"], manifest["block"]
+    ranks.each("checking its files", lambda: files.verify(directory, listed, block, ranks.rank, ranks.world))
     ranks.hint = "Nothing was changed."
 
     def look() -> tuple[state.ModelLoad, state.OptimizerLoad | None, dict[str, Any]]:

@@ -124,7 +124,8 @@ def _write(
         writer.finish(planner.metadata, [results for results, _ in written])
         entries = {name: entry for _, found in written for name, entry in found.items()} | folder.entries
         made_by = {"pyshard": __version__, "torch": torch.__version__, "ranks": ranks.world}
-        files.write_sealed(directory / files.MANIFEST, {"format": files.FORMAT, **made_by, "files": entries})
+        manifest = {"format": files.FORMAT, **made_by, "block": files.BLOCK, "files": entries}
+        files.write_sealed(directory / files.MANIFEST, manifest)
         switched.append(True)  # or not; what is sure is that it must not be removed
         files.switch(directory, previous)
         return [None] * ranks.world

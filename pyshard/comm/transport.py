@@ -5,8 +5,8 @@ own them) and *parameters* (whose owned parts it brings to all ranks), both as f
 all ranks. It never computes: sums, norms and updates are the kernels' work, so that every transport gives the same
 bits.
 
-Everything here is called in the same order on all ranks of the group, except Arena.free and Arena.arrived, which only
-look. Whatever waits ends after `timeout` seconds, or as soon as a peer is known to be lost, with a PeerError.
+Everything here is called in the same order on all ranks of the group, except acquire and arrive with block=False,
+which only look. Whatever waits ends after `timeout` seconds, or as soon as a peer is known to be lost, with a PeerError.
 """
 
 from abc import ABC, abstractmethod
@@ -30,6 +30,9 @@ class PeerError(RuntimeError):
         super().__init__(message)
         self.rank = rank
         self.operation = operation
+
+    def __reduce__(self) -> tuple[type, tuple[str, int | None, str]]:
+        return type(self), (str(self), self.rank, self.operation)
 
 
 class Transport(ABC):
