@@ -101,6 +101,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             continue
         path = Path(chosen) if chosen else results.RESULTS / f"{machine.slug(device)}.json"
         if ranks:
-            path = path.with_stem(f"{path.stem}-distributed")
+            path = path.with_stem(path.stem + results.DISTRIBUTED)
         results.save(path, environment, summaries)
         write(f"\nwritten: {path}")

@@ -22,9 +22,7 @@ class Run:
     step: Callable[[], object]  # timed
     before: Callable[[], object] | None = None  # not timed; before every sample
     result: Callable[[], torch.Tensor] | None = None  # what the steps have made, to compare contestants
-    times_itself: bool = (
-        False  # step() returns its own seconds (work done in another process); MB where they are the unit
-    )
+    times_itself: bool = False  # step() returns its own seconds (work done in another process), or MB
     notes: Callable[[], dict[str, float]] | None = None  # further numbers, named with their unit, after all rounds
 
 

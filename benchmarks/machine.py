@@ -94,7 +94,7 @@ def environment(device: str, ranks: bool = False) -> dict[str, object]:
         "isa": cpu_isa(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": 1 if ranks else torch.get_num_threads(),
-        **({} if ranks else {"openmp_runtimes": len(openmp_runtimes())}),
+        **({"per_rank": True} if ranks else {"openmp_runtimes": len(openmp_runtimes())}),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "transparent_huge_pages": _huge_pages(),
         "kernel": platform.release(),

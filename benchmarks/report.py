@@ -1,4 +1,4 @@
-"""The README's picture, drawn from a committed result.
+"""The README's pictures, drawn from committed results.
 
 python -m benchmarks.report [RESULT.json] [--out docs/benchmarks.png]
 """
@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, header
+from benchmarks.results import DISTRIBUTED, RESULTS, header
+
+DOCS = RESULTS.parent.parent / "docs"
 
 # case -> heading, and the rows shown: those who do the same work. All others stand in the result file. Two panels
 # that stand side by side have equally many rows.
@@ -32,6 +34,37 @@ PANELS: dict[str, tuple[str, list[str]]] = {
         "bf16 with exact fp32 master, 33.5 M",
         ["pyshard", "DeepSpeedCPUAdam on fp32 master", "torch fused on fp32 master"],
     ),
+    "sharded step": (
+        "Two ranks on one host",
+        [
+            "pyshard shm, stage 2",
+            "pyshard collective, stage 2, model=",
+            "forward + backward",
+            "torch fused, unsharded",
+            "DDP",
+            "DDP + ZeroRedundancyOptimizer",
+            "FSDP2",
+            "DeepSpeed ZeRO-1",
+            "DeepSpeed ZeRO-2",
+        ],
+    ),
+    **{
+        f"two hosts, {gbit} Gbit/s": (
+            f"Two hosts, {gbit} Gbit/s between them",
+            [
+                "pyshard, fp32",
+                "pyshard, bf16 gradients on the wire",
+                "pyshard, bf16 model",
+                "forward + backward",
+                "DDP",
+                "DDP, bf16 gradients on the wire",
+                "DDP, bf16 model",
+                "DDP + ZeroRedundancyOptimizer",
+                "FSDP2",
+            ],
+        )
+        for gbit in (1, 4)
+    },
 }
 OURS, TORCH, OTHER, INK, MUTED = "#0b4f8a", "#f0a35e", "#b8c2cc", "#1f2933", "#66727f"
 
@@ -42,14 +75,27 @@ def _rows(summary: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: row["median"])
 
 
+def _limit(summary: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, str]:
+    """Where the subject's work is bound by memory or by a link: the least time that this allows, and what it is."""
+    subject = next((row for row in rows if row["role"] == "subject"), {})
+    if subject.get("roofline", 0) >= 0.5:
+        text = f"same bytes at the {summary['roofline']['gb_per_s']:.0f} GB/s\nof a plain sweep"
+        return subject["median"] * subject["roofline"], text
+    notes = subject.get("notes", {})
+    if "link ms" in notes:
+        return notes["link ms"], f"the link alone, for the\n{notes['sent MB']:.0f} MB of pyshard, fp32"
+    return 0.0, ""
+
+
 def _panel(axes: Any, title: str, summary: dict[str, Any], names: list[str]) -> None:
     rows = _rows(summary, names)
     longest = max(row["median"] for row in rows)
     for y, row in enumerate(rows):
-        ours = row["name"] == "pyshard"
+        ours = row["name"].startswith("pyshard")
         colour = OURS if ours else TORCH if row["name"].startswith("torch") else OTHER
         axes.barh(y, row["median"], color=colour, height=0.66)
-        times = f"  {row['ratio']:.{2 if row['ratio'] < 2 else 1}f}x" if "ratio" in row and not ours else ""
+        others = "ratio" in row and row["role"] != "subject"
+        times = f"  {row['ratio']:.{2 if row['ratio'] < 2 else 1}f}x" if others else ""
         label = f"{row['median']:.3g} {summary['unit']}"
         text = axes.annotate(
             label,
@@ -61,13 +107,11 @@ def _panel(axes: Any, title: str, summary: dict[str, Any], names: list[str]) -> 
             weight="bold",
         )
         axes.annotate(times, (1, 0.5), xycoords=text, va="center", color=MUTED)
-    subject = next((row for row in rows if row["name"] == "pyshard"), None)
-    if subject is not None and subject.get("roofline", 0) >= 0.5:  # bound by memory: show how close
-        limit = subject["median"] * subject["roofline"]
+    limit, words = _limit(summary, rows)
+    if words:
         axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (3, 3)))
-        bandwidth = summary["roofline"]["gb_per_s"]
         axes.annotate(
-            f"same bytes at the {bandwidth:.0f} GB/s\nof a plain sweep",
+            words,
             (limit, len(rows) - 0.5),
             (4, -1),
             textcoords="offset points",
@@ -108,8 +152,9 @@ def draw(result: dict[str, Any], out: Path) -> None:
             _panel(axes, title, summary, names)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
+        kind = "training" if all(summary["title"].startswith("Training") for _, summary, _ in panels) else "AdamW"
         figure.suptitle(
-            "Time of one AdamW step, and its multiple of pyshard's",
+            f"Time of one {kind} step, and its multiple of pyshard's",
             x=0.01,
             ha="left",
             weight="bold",
@@ -129,15 +174,24 @@ def draw(result: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws docs/benchmarks.png from a result of the benchmarks.")
-    parser.add_argument("result", nargs="?", type=Path, help="default: the newest cpu-*.json in benchmarks/results/")
-    parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "docs" / "benchmarks.png")
+    parser = argparse.ArgumentParser(description="Draws docs/benchmarks*.png from results of the benchmarks.")
+    parser.add_argument("result", nargs="?", type=Path, help="default: the newest cpu-*.json of either kind")
+    parser.add_argument("--out", type=Path, help=f"default: {DOCS}/benchmarks.png, or benchmarks-distributed.png")
     options = parser.parse_args()
-    found = [options.result] if options.result else sorted(RESULTS.glob("cpu-*.json"), key=lambda p: p.stat().st_mtime)
+    found = [options.result] if options.result else newest()
     if not found:
         sys.exit(f"report: no result in {RESULTS}; run `make bench` first")
-    draw(json.loads(found[-1].read_text()), options.out)
-    print(f"written: {options.out}")
+    for path in found:
+        out = options.out or DOCS / f"benchmarks{DISTRIBUTED if path.stem.endswith(DISTRIBUTED) else ''}.png"
+        draw(json.loads(path.read_text()), out)
+        print(f"written: {out}")
+
+
+def newest() -> list[Path]:
+    """The newest result of a CPU, and the newest one of several processes."""
+    found = sorted(RESULTS.glob("cpu-*.json"), key=lambda path: path.stat().st_mtime)
+    kinds = {path.stem.endswith(DISTRIBUTED): path for path in found}
+    return list(kinds.values())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from benchmarks import machine
 from benchmarks.harness import Absent, Contestant, Race
 
 RESULTS = Path(__file__).with_name("results")
+DISTRIBUTED = "-distributed"  # at the end of the names of results of several processes
 UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6, "MB": 1.0}  # one second in each; a sample of bytes is in MB
 
 
@@ -184,7 +185,8 @@ def header(environment: dict[str, Any]) -> str:
     gpu = f"{spec['gpu']}, CUDA {spec['cuda']}, " if "gpu" in spec else ""
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     return (
-        f"{gpu}{spec['cpu']} ({spec['isa']}), {spec['cores']} cores, {spec['threads']} threads, "
+        f"{gpu}{spec['cpu']} ({spec['isa']}), {spec['cores']} cores, "
+        f"{spec['threads']} thread{'s' * (spec['threads'] != 1)}{' per rank' * spec.get('per_rank', False)}, "
         f"{spec['memory_gib']:g} GiB\nPython {environment['python']}, {versions}; {environment['compiler']}"
     )
 
