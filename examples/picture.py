@@ -124,7 +124,7 @@ def _bars(axes: Axes, runs: list[Run], label: str, parts: list[Part], totals: li
         frameon=False,
         ncols=len(parts),
         loc="lower left",
-        bbox_to_anchor=(-0.02, 1),
+        bbox_to_anchor=(-0.2, 1),
         fontsize=8,
         columnspacing=1.0,
         handlelength=1.0,

@@ -166,7 +166,8 @@ def table(runs: list[Run]) -> str:
     ]
     if len(runs) == 1:
         rows = [row for row in rows if "first" not in row[0]]
-    lines = ["", *(f"{'':36}" + "".join(f"{run.title[line]:>19}" for run in runs) for line in (0, 1))]
+    heads = [[run.title[line] for run in runs] for line in (0, 1)]
+    lines = ["", *(f"{'':36}" + "".join(f"{part:>19}" for part in head) for head in heads if any(head))]
     for label, form, values in rows:
         if any(values):
             lines.append(f"{label:36}" + "".join(f"{value:>19{form}}" for value in values))
