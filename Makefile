@@ -11,7 +11,7 @@ RANKS ?= 2
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= $(addprefix tests/test_,binding*.py cpu_kernels.py norm.py casts.py cuda_host_run.py cuda_convert.py)
+SANITIZE_TESTS ?= $(addprefix tests/test_,binding*.py cpu_kernels.py sharded_kernels.py norm.py casts.py shm*.py cuda_host_run.py cuda_convert.py)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c

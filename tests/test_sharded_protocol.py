@@ -352,3 +352,26 @@ def _loaded_in_training(rank: int, world: int, stage: int) -> bool:
 def test_state_loaded_in_training(stage: int) -> None:
     for outcome in ranks.run(_loaded_in_training, 2, stage):
         assert outcome.value is True
+
+
+def _explained(rank: int, world: int, stage: int, transport: str) -> str:
+    import pyshard
+
+    model = _model()
+    opt = pyshard.ShardedAdamW(model.parameters(), lr=1e-2, stage=stage, transport=transport)
+    assert "no backward and no step yet" in opt.explain()
+    model(_data(rank, 0)).square().sum().backward()
+    opt.step()
+    text: str = opt.explain()
+    return text
+
+
+@pytest.mark.parametrize("transport", ["shm", "collective"])
+def test_explain(transport: str) -> None:
+    """Both ranks together hold the state of all parameters."""
+    texts = [outcome.value for outcome in ranks.run(_explained, 2, 2, transport)]
+    assert f"transport {transport}: asked for by transport='{transport}'" in texts[0]
+    assert "gradients travel in float32 and are summed in float32, updated by cpu" in texts[0]
+    state = [int(text.rpartition("state ")[2].replace(",", "")) for text in texts]
+    numel = 8 * 700 + 700 + 700 * 3 + 3 + 3 + 3
+    assert sum(state) == 2 * 4 * numel + 2 * 6 * 4  # both moments, and six step counts on each rank

@@ -101,6 +101,15 @@ def make_directory(path: Path) -> None:
 # ---- data, summed up while it is written ----
 
 
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of writing name the file, which Python's do when it is opened only."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
 class _Summed(io.RawIOBase):
     """A file that takes checksums of what is written to it."""
 
@@ -119,14 +128,13 @@ class _Summed(io.RawIOBase):
         return self._file.fileno()
 
     def flush(self) -> None:
-        self._file.flush()
+        with _named(self._file.name):
+            self._file.flush()
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
-        try:
+        with _named(self._file.name):
             self._file.write(rest)
-        except OSError as error:  # which does not say where
-            raise OSError(error.errno, error.strerror, self._file.name) from error
         written = len(rest)
         while rest:
             used = self._size % BLOCK
@@ -156,7 +164,8 @@ class Folder(FileSystem):
         with open(path, "wb") as file:
             summed = _Summed(file)
             yield summed
-            sync_file(file)
+            with _named(path):
+                sync_file(file)
         self.entries[Path(path).name] = summed.entry()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

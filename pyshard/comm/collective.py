@@ -132,6 +132,7 @@ class CollectiveArena(Arena):
         slots: int,
     ):
         self._wire, self._rank, self._world = wire, wire.rank, len(wire.ranks)
+        self.slot_bytes, self.slots = slot_bytes, slots
         self._stream = stream  # of the publications; the slots have the next ones
         self.params = torch.zeros(param_bytes, dtype=torch.uint8, device=device)
         self.targets = []

@@ -264,6 +264,7 @@ class ShmArena(Arena):
 
     def __init__(self, transport: ShmTransport, memories: "list[_C.SharedMemory]", layout: _Layout):
         self._transport, self._layout, self._rank = transport, layout, transport.rank
+        self.slot_bytes, self.slots = layout.slot_bytes, layout.slots
         self._counters = _C.Counters(memories, transport.rank, 0, layout.counters)
         # A tensor keeps the memory under it.
         self._all = [torch.frombuffer(memory, dtype=torch.uint8) for memory in memories]

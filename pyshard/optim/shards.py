@@ -141,6 +141,11 @@ def reduce(sources: Sequence[Tensor], out: Tensor, accumulate: bool) -> None:
         code = DTYPE_CODES[sources[0].dtype]
         _C.cpu_reduce(addresses, code, out.data_ptr(), out.numel(), accumulate, torch.get_num_threads())
         return
+    if out.device.type == "cuda":
+        from ..kernels import triton_sharded
+
+        triton_sharded.reduce(sources, out, accumulate)
+        return
     total = sources[0].to(torch.float32, copy=True) if accumulate else out.copy_(sources[0])
     for source in sources[1:]:
         total.add_(source)
