@@ -107,6 +107,8 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is not None:
+            raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
@@ -161,11 +163,10 @@ class Folder(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with open(path, "wb") as file:
+        with _named(path), open(path, "wb") as file:
             summed = _Summed(file)
             yield summed
-            with _named(path):
-                sync_file(file)
+            sync_file(file)
         self.entries[Path(path).name] = summed.entry()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

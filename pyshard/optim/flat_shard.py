@@ -279,6 +279,24 @@ def _cover(sizes: Sequence[int], begin: int, end: int) -> list[tuple[list[int], 
 # ---- what an optimizer does with state that it is given, and gives away ----
 
 
+def check_takes(value: Tensor, param: Tensor, begin: int, end: int) -> None:
+    """Raises what take() would raise, and copies nothing."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a value of state is {type(value).__name__}; expected a tensor of shape {tuple(param.shape)}.")
+    if value.shape != param.shape:
+        raise ValueError(
+            f"a value of state has shape {tuple(value.shape)}; expected {tuple(param.shape)}. Load the state of a "
+            "model of the same shapes."
+        )
+    wanted = FlatShard(torch.empty(end - begin, device="meta"), param, begin)
+    if isinstance(value, FlatShard) and not wanted.same_run(value):
+        raise ValueError(
+            f"a value of state is {value!r}; expected elements [{begin}, {end}), which this rank owns, or the whole "
+            "tensor. Use torch.distributed.checkpoint.load or pyshard.load_checkpoint, which bring each rank its "
+            "elements, or load the full_state_dict() of the optimizer that was saved."
+        )
+
+
 @torch.no_grad()
 def take(value: Tensor, param: Tensor, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """Elements [begin, end) of a value of the shape of `param`, counted in the order of param's memory.
@@ -294,21 +312,9 @@ def take(value: Tensor, param: Tensor, begin: int, end: int, dtype: torch.dtype)
     Raises:
         TypeError, ValueError: `value` is something else, of another shape, or a FlatShard of another run.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"a value of state is {type(value).__name__}; expected a tensor of shape {tuple(param.shape)}.")
-    if value.shape != param.shape:
-        raise ValueError(
-            f"a value of state has shape {tuple(value.shape)}; expected {tuple(param.shape)}. Load the state of a "
-            "model of the same shapes."
-        )
+    check_takes(value, param, begin, end)
     out = FlatShard(torch.empty(end - begin, dtype=dtype, device=param.device), param, begin)
     if isinstance(value, FlatShard):
-        if not out.same_run(value):
-            raise ValueError(
-                f"a value of state is {value!r}; expected elements [{begin}, {end}), which this rank owns, or the "
-                "whole tensor. Use torch.distributed.checkpoint.load or pyshard.load_checkpoint, which bring each rank "
-                "its elements, or load the full_state_dict() of the optimizer that was saved."
-            )
         out.local.copy_(value.local)
         return out.local
     if is_dtensor(value):
