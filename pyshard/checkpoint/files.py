@@ -20,7 +20,7 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -101,15 +101,11 @@ def make_directory(path: Path) -> None:
 # ---- data, summed up while it is written ----
 
 
-@contextlib.contextmanager
-def _named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of writing name the file, which Python's do when it is opened only."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+def _raise(error: OSError, path: str | os.PathLike[str]) -> NoReturn:
+    """Raises the error, with the name of the file; Python names it only if it cannot be opened."""
+    if error.filename is not None:
+        raise error
+    raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 class _Summed(io.RawIOBase):
@@ -130,13 +126,17 @@ class _Summed(io.RawIOBase):
         return self._file.fileno()
 
     def flush(self) -> None:
-        with _named(self._file.name):
+        try:
             self._file.flush()
+        except OSError as error:
+            _raise(error, self._file.name)
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
-        with _named(self._file.name):
+        try:
             self._file.write(rest)
+        except OSError as error:
+            _raise(error, self._file.name)
         written = len(rest)
         while rest:
             used = self._size % BLOCK
@@ -163,10 +163,13 @@ class Folder(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with _named(path), open(path, "wb") as file:
-            summed = _Summed(file)
-            yield summed
-            sync_file(file)
+        try:
+            with open(path, "wb") as file:
+                summed = _Summed(file)
+                yield summed
+                sync_file(file)
+        except OSError as error:
+            _raise(error, path)
         self.entries[Path(path).name] = summed.entry()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
