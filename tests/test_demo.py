@@ -313,9 +313,21 @@ def test_the_table_holds_bytes_per_rank(two: TwoRanks) -> None:
 def test_only_the_first_rank_speaks(two: TwoRanks) -> None:
     for outcome in (two.whole, two.stopped, two.resumed):
         assert outcome.out.count("Picture:") == outcome.out.count("Checkpoint:") == 1
-        assert "transport shm: all 2 ranks run on this host" in outcome.out
+        assert "Transport shm: all 2 ranks run on this host" in outcome.out
         check_picture(outcome)
-    assert re.search(r"torch [\d.]+, \d+ ms \| ddp .* \| stage2 [\d.]+, \d+ ms", two.whole.err)
+
+
+def test_each_rank_trains_on_its_half_of_a_batch(two: TwoRanks) -> None:
+    from text import Text
+
+    text = Text(Path(two.flags[1]), context=128)
+    whole, halves = text.batch(7, 3, 4), [text.batch(7, 3, 4, part, 2) for part in (0, 1)]
+    for all_rows, first, second in zip(whole, *halves, strict=True):
+        assert torch.equal(all_rows, torch.cat([first, second])) and not torch.equal(first, second)
+    # The bar shows the losses of the first rank, which are of whole batches in one process alone.
+    bar = re.findall(r"torch ([\d.]+), \d+ ms \| ddp ([\d.]+), .* \| stage2 ([\d.]+), \d+ ms", two.whole.err)
+    torch_loss, ddp_loss, our_loss = bar[-1]
+    assert torch_loss != ddp_loss == our_loss
 
 
 # ---- bad input ----
