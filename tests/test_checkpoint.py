@@ -447,22 +447,35 @@ def test_where_there_is_nothing(seed: int, tmp_path: Path) -> None:
     assert names(tmp_path) == ["000001", "latest"]
 
 
-def test_another_save_meanwhile(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["begin", "write_sealed"])
+def test_another_save_meanwhile(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Two runs that save to one path: one of them is told, and its checkpoint does not take the other's place."""
     model, optimizer = pair(seed)
-    begin = files.begin
+    save_checkpoint(tmp_path, model, optimizer, which="first")
+    original, begin = getattr(files, when), files.begin
 
-    def and_another(root: Path) -> Any:
-        found = begin(root)
-        monkeypatch.setattr(files, "begin", begin)
+    def and_another(*arguments: Any) -> Any:
+        found = original(*arguments)
+        monkeypatch.undo()
+        if when == "write_sealed":  # the other one began before, so it leaves this one's directory alone
+            monkeypatch.setattr(files, "begin", lambda root: _begin_without_removing(root, begin, monkeypatch))
         save_checkpoint(tmp_path, model, optimizer, which="the other")
         return found
 
-    save_checkpoint(tmp_path, model, optimizer, which="first")
-    monkeypatch.setattr(files, "begin", and_another)
-    with pytest.raises(FileNotFoundError, match=r"made for this save, is not there.*no other run saves"):
+    monkeypatch.setattr(files, when, and_another)
+    message = "made for this save, is not there.*no other run saves|another save has put its checkpoint"
+    with pytest.raises((FileNotFoundError, CheckpointError), match=message):
         save_checkpoint(tmp_path, model, optimizer, which="this one")
     assert load_checkpoint(tmp_path, model, optimizer) == {"which": "the other"}
+    assert names(tmp_path) == ["000001", "000002", "latest"]
+
+
+def _begin_without_removing(root: Path, begin: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    remove = files.remove
+    monkeypatch.setattr(files, "remove", lambda path: None)
+    found = begin(root)
+    monkeypatch.setattr(files, "remove", remove)
+    return found
 
 
 # ---- damage ----

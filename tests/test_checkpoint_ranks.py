@@ -344,6 +344,8 @@ def _failures(rank: int, world: int, seed: int, root: str) -> list[str]:
     fails(ValueError, lambda: save_checkpoint(f"{root}/{rank}", model, optimizer))
     fails(TypeError, lambda: save_checkpoint(root, model, optimizer, what=print if rank == 0 else 1))
     fails(ValueError, lambda: save_checkpoint(root, model, optimizer, keep=2 - rank))
+    different = nn.ParameterList([nn.Parameter(torch.zeros(3 + rank))])
+    fails(ValueError, lambda: save_checkpoint(root, different, None))
     other = nn.ParameterList([nn.Parameter(torch.zeros(3))])
     fails(ValueError, lambda: load_checkpoint(root, other if rank == 2 else model, None))
 
@@ -382,11 +384,14 @@ def test_a_failure_of_one_rank_is_an_error_of_all(seed: int, tmp_path: Path) -> 
     first, second, third = (outcome.value for outcome in outcomes)
     assert second[-1].startswith("ValueError None pyshard.save_checkpoint: this process, rank 1, is not in")
     assert first == second[:-1] == third
-    full, paths, extra, keep, model, *damage = first
+    full, paths, extra, keep, different, model, *damage = first
     assert re.match(r"CheckpointError 1 .*: failed on rank 1 while writing: OSError: \[Errno 27\].*__1_0\.distcp", full)
     assert re.match(rf"ValueError .*path is '{tmp_path}/1' on rank 1 and '{tmp_path}/0' on rank 0; expected", paths)
     assert re.match(r"TypeError .*the extra value what \(builtin_function_or_method\) cannot be loaded", extra)
     assert re.match(r"ValueError .*keep=0; expected a whole number, at least 1", keep)
+    assert re.match(
+        r"ValueError .*model\.0 is torch\.float32 \(3,\) on rank 0 and .* \(4,\) on rank 1; expec", different
+    )
     assert re.match(r"ValueError .*has model\.1, model\.2, .* which the model does not have", model)
     for name, text in zip(("__0_0", "__1_0", "__2_0", ".metadata"), damage, strict=True):
         assert re.match(rf"CheckpointError \d .*while checking its files: RuntimeError: .*{name}.* is damaged", text)

@@ -248,7 +248,7 @@ def begin(root: Path) -> tuple[Path, Path | None]:
     previous = newest(root)
     last = number(previous) if previous else 0
     for path in checkpoints(root):
-        if number(path) > last:
+        if number(path) >= last and path != previous:
             remove(path)
     # The rest of the name keeps processes of a save that was thought dead out of this one's directory.
     directory = root / f"{last + 1:06d}-{uuid.uuid4().hex[:8]}"
@@ -256,20 +256,28 @@ def begin(root: Path) -> tuple[Path, Path | None]:
     return directory, previous
 
 
-def switch(directory: Path, previous: Path | None) -> None:
+def make_ready(directory: Path, previous: Path | None) -> None:
+    """The last thing before switch().
+
+    Raises:
+        RuntimeError: `previous` is not the newest checkpoint any more.
+    """
+    if newest(directory.parent) != previous:
+        raise RuntimeError(f"another save has put its checkpoint into {directory.parent} meanwhile")
+    sync_directory(directory.parent)
+
+
+def switch(directory: Path) -> None:
     """Makes a complete directory the newest checkpoint."""
-    root = directory.parent
-    if newest(root) != previous:
-        raise RuntimeError(f"another save has put its checkpoint into {root} meanwhile")
-    sync_directory(root)
-    write_sealed(root / POINTER, {"format": FORMAT, "directory": directory.name})
+    write_sealed(directory.parent / POINTER, {"format": FORMAT, "directory": directory.name})
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest complete ones."""
-    complete = [path for path in checkpoints(root) if (path / MANIFEST).exists()]
-    for path in checkpoints(root):
-        if path not in complete[-keep:]:
+def prune(newest: Path, keep: int) -> None:
+    """Removes older checkpoints; `keep` stay, the newest included."""
+    older = [path for path in checkpoints(newest.parent) if number(path) < number(newest)]
+    complete = [path for path in older if (path / MANIFEST).exists()]
+    for path in older:
+        if path not in complete[len(complete) - (keep - 1) :]:
             remove(path)
 
 

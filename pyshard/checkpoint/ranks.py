@@ -48,7 +48,7 @@ class _Failure:
     rank: int  # global
     operation: str
     text: str
-    kind: str  # name of an error of the caller's, "lost", or ""
+    kind: str  # name of an error of the caller's, "lost" if the rank is, or ""
 
 
 class Ranks:
@@ -137,6 +137,8 @@ class Ranks:
         rank, kind = self.ranks[self.rank], type(error)
         if kind in _OF_THE_CALLER:
             return _Failure(rank, operation, str(error), kind.__name__)
+        if isinstance(error, PeerError):  # of an optimizer that waits for others
+            return _Failure(rank if error.rank is None else error.rank, error.operation, str(error), "lost elsewhere")
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):  # torch.save hides a full disk behind its own error
             cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
@@ -151,6 +153,8 @@ class Ranks:
         for kind in _OF_THE_CALLER:
             if failure.kind == kind.__name__:
                 return kind(f"{self.who}: {failure.text}{end}")
+        if failure.kind == "lost elsewhere":
+            return PeerError(f"{self.who}: {failure.text}{end}", rank, operation)
         if failure.kind == "lost":
             text = (
                 f"rank {rank} is lost or does not answer while {operation} ({failure.text}). Look at what it has said "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
@@ -75,7 +75,7 @@ def save_checkpoint(
             raise
     if ranks.first:
         try:
-            files.prune(root, keep)
+            files.prune(directory, keep)
         except OSError as error:
             warnings.warn(
                 f"pyshard.save_checkpoint: the new checkpoint is complete, but an old one could not be removed: "
@@ -108,6 +108,7 @@ def _write(
         return writer.prepare_local_plan(planner.create_local_plan())
 
     def share(plans: list[SavePlan]) -> list[SavePlan]:
+        _check_same(ranks, plans)
         return writer.prepare_global_plan(planner.create_global_plan(plans)[0])
 
     mine = ranks.agree("planning who writes what", plan, share)
@@ -126,11 +127,28 @@ def _write(
         made_by = {"pyshard": __version__, "torch": torch.__version__, "ranks": ranks.world}
         manifest = {"format": files.FORMAT, **made_by, "block": files.BLOCK, "files": entries}
         files.write_sealed(directory / files.MANIFEST, manifest)
-        switched.append(True)  # or not; what is sure is that it must not be removed
-        files.switch(directory, previous)
+        files.make_ready(directory, previous)
+        switched.append(True)  # whatever happens from here on, the directory must not be removed
+        files.switch(directory)
         return [None] * ranks.world
 
     ranks.agree("writing", write, finish)
+
+
+def _check_same(ranks: Ranks, plans: list[SavePlan]) -> None:
+    """Whole tensors that several ranks have are written by one of them, so they must be the same on all."""
+    seen: dict[str, tuple[int, TensorWriteData]] = {}
+    for rank, plan in zip(ranks.ranks, plans, strict=True):
+        for item in plan.items:
+            if item.type == WriteItemType.TENSOR and item.tensor_data is not None:
+                other, known = seen.setdefault(item.index.fqn, (rank, item.tensor_data))
+                mine = item.tensor_data
+                if (known.size, known.properties.dtype) != (mine.size, mine.properties.dtype):
+                    raise ValueError(
+                        f"{item.index.fqn} is {known.properties.dtype} {tuple(known.size)} on rank {other} and "
+                        f"{mine.properties.dtype} {tuple(mine.size)} on rank {rank}; expected the same model on all "
+                        "ranks. Save different models to different paths, each over a process group of its own."
+                    )
 
 
 def agreed_path(ranks: Ranks, path: str | os.PathLike[str]) -> Path:
