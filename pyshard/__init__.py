@@ -24,15 +24,20 @@ from . import kernels  # noqa: E402
 from .optim import Adam, AdamW, ShardedAdam, ShardedAdamW  # noqa: E402
 
 __all__ = ["Adam", "AdamW", "ShardedAdam", "ShardedAdamW", "__version__", "kernels"]
+__all__ += ["load_checkpoint", "save_checkpoint"]
+
+# Imported when first asked for: torch.distributed.checkpoint alone takes longer than all else here.
+_LATER = {"load_checkpoint": "checkpoint", "save_checkpoint": "checkpoint"}
 
 # Public names that are decided and not there yet: asking for one is an error that says so.
-_PLANNED = {
-    *("fully_shard", "tp", "pp", "init_mesh"),
-    *("save_checkpoint", "load_checkpoint", "clip_grad_norm_"),
-}
+_PLANNED = {"fully_shard", "tp", "pp", "init_mesh", "clip_grad_norm_"}
 
 
 def __getattr__(name: str) -> object:
+    if name in _LATER:
+        import importlib
+
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     if name in _PLANNED:
         there = ", ".join(__all__)
         raise AttributeError(f"pyshard.{name} is not built yet in version {__version__}; there are: {there}")

@@ -39,8 +39,8 @@ def test_commands_that_are_not_built_say_so(command: str) -> None:
 
 
 def test_names_of_the_contract_that_are_not_built_say_so() -> None:
-    with pytest.raises(AttributeError, match=r"pyshard\.ShardedAdamW is not built yet in version"):
-        _ = pyshard.ShardedAdamW
+    with pytest.raises(AttributeError, match=r"pyshard\.fully_shard is not built yet in version"):
+        _ = pyshard.fully_shard
     with pytest.raises(AttributeError, match="has no attribute 'AdamX'"):
         _ = pyshard.AdamX
 
