@@ -59,21 +59,20 @@ class Ranks:
         self._log = Path(self._folder.name) / "log"
         self._processes: list[subprocess.Popen[Any]] = []
         self._connections: list[Connection] = []
-        port = port or free_port()
-        listener = Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX", backlog=world)
         try:
-            shared = {"world": world, "master": master, "port": port, "socket": listener.address}
-            devices = interfaces or ("lo",) * world
-            specs = [{"rank": rank, "interface": device, **shared} for rank, device in enumerate(devices)]
-            commands = [[sys.executable, "-m", "benchmarks.distributed_worker", json.dumps(spec)] for spec in specs]
-            with self._log.open("wb") as log:
-                self._processes = start(commands, log, machine.ROOT)
-            self._accept(listener)
+            with Listener(str(Path(self._folder.name) / "socket"), "AF_UNIX", backlog=world) as listener:
+                self._start(listener, start, interfaces or ("lo",) * world, master, port or free_port())
         except BaseException:
             self.close()
             raise
-        finally:
-            listener.close()
+
+    def _start(self, listener: Listener, start: Start, devices: Sequence[str], master: str, port: int) -> None:
+        shared = {"world": self.world, "master": master, "port": port, "socket": listener.address}
+        specs = [{"rank": rank, "interface": device, **shared} for rank, device in enumerate(devices)]
+        commands = [[sys.executable, "-m", "benchmarks.distributed_worker", json.dumps(spec)] for spec in specs]
+        with self._log.open("wb") as log:
+            self._processes = start(commands, log, machine.ROOT)
+        self._accept(listener)
 
     def _accept(self, listener: Listener) -> None:
         deadline = time.monotonic() + START_SECONDS

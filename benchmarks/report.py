@@ -96,7 +96,8 @@ def _panel(axes: Any, title: str, summary: dict[str, Any], names: list[str]) -> 
         axes.barh(y, row["median"], color=colour, height=0.66)
         others = "ratio" in row and row["role"] != "subject"
         times = f"  {row['ratio']:.{2 if row['ratio'] < 2 else 1}f}x" if others else ""
-        label = f"{row['median']:.3g} {summary['unit']}"
+        digits = ",.0f" if row["median"] >= 1000 else ".3g"
+        label = f"{row['median']:{digits}} {summary['unit']}"
         text = axes.annotate(
             label,
             (row["median"], y),
@@ -121,7 +122,7 @@ def _panel(axes: Any, title: str, summary: dict[str, Any], names: list[str]) -> 
         )
     axes.set_yticks(range(len(rows)), [row["name"].replace(" on fp32 master", " + casts") for row in rows])
     axes.set_ylim(len(rows) - 0.35, -0.6)
-    axes.set_xlim(0, longest * 1.35)
+    axes.set_xlim(0, longest * 1.38)
     axes.set_title(title, loc="left", fontsize=10.5, weight="bold", color=INK)
     axes.set_xticks([])
     axes.tick_params(axis="y", length=0, labelcolor=INK)

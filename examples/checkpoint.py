@@ -13,7 +13,7 @@ from group import WORLD
 from report import Run
 
 from pyshard import Adam, AdamW
-from pyshard.checkpoint import load_checkpoint, save_checkpoint
+from pyshard import load_checkpoint, save_checkpoint
 
 
 def save(path: Path, run: Run, **extra: Any) -> None:
