@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+import pyshard
+
 HERE = Path(__file__).parent
 SECONDS = 240  # for one run of the program; it takes a few on an idle machine
 
@@ -42,7 +44,8 @@ def folder() -> Iterator[Path]:
 def run(shim: Path, folder: Path, ranks: int, first: int, step: int, how: str) -> list[dict[str, Any]]:
     """What the program has printed; its first line per victim is of a save that was not killed."""
     command = [sys.executable, str(HERE / "checkpoint_kills.py"), str(ranks), str(folder), str(first), str(step), how]
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"}
+    package = str(Path(pyshard.__file__).parents[1])  # the one under test, whatever is installed
+    environment = {**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
