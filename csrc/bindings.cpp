@@ -113,6 +113,12 @@ void bind_cpu(py::module_& m) {
       "out = s0 + s1 + ... in fp32, in list order, each sum rounded; with accumulate out + that. out overlaps no "
       "source.");
   m.def(
+      "cpu_copy",
+      [](uintptr_t src, uintptr_t dst, int64_t bytes, int threads) {
+        cpu_copy(pointer<void>(src), pointer<void>(dst), size_of(bytes), threads);
+      },
+      py::arg("src"), py::arg("dst"), py::arg("bytes"), py::arg("threads"));
+  m.def(
       "cpu_cast",
       [](uintptr_t src, int from, uintptr_t dst, int to, int64_t n, int threads) {
         const Dtype source = dtype_of(from), target = dtype_of(to);

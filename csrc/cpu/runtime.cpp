@@ -246,6 +246,12 @@ void cpu_reduce(const std::vector<uintptr_t>& sources, Dtype dtype, float* out, 
   });
 }
 
+void cpu_copy(const void* src, void* dst, int64_t bytes, int threads) {
+  const auto* from = static_cast<const char*>(src);
+  auto* to = static_cast<char*>(dst);
+  on_ranges(bytes, threads, [&](int64_t begin, int64_t end) { std::memcpy(to + begin, from + begin, end - begin); });
+}
+
 void cpu_cast(const void* src, Dtype from, void* dst, Dtype to, int64_t n, int threads) {
   const auto cast = chosen().load()->cast[from][to];
   on_ranges(n, threads, [&](int64_t begin, int64_t end) { cast(src, dst, begin, end); });

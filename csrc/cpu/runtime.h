@@ -40,6 +40,7 @@ void cpu_adam(const AdamRow* rows, int64_t count, const AdamScalars* scalars, co
 void cpu_reduce(const std::vector<uintptr_t>& sources, Dtype dtype, float* out, int64_t n, bool accumulate,
                 int threads);
 
+void cpu_copy(const void* src, void* dst, int64_t bytes, int threads);
 void cpu_cast(const void* src, Dtype from, void* dst, Dtype to, int64_t n, int threads);
 void cpu_split(const float* master, uint16_t* high, int16_t* low, int64_t n, int threads);
 void cpu_join(const uint16_t* high, const int16_t* low, float* master, int64_t n, int threads);

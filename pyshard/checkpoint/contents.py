@@ -1,6 +1,5 @@
 """Reading a directory of torch.distributed.checkpoint: what is in it, and its pieces into tensors that are there."""
 
-import gc
 import io
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +11,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-# torch.load leaves its result in a cycle of references. Pieces of this size are not left to Python's own collection.
-_LARGE = 1 << 20  # bytes
-
 
 class _Reader(FileSystemReader):
-    """Reads each piece of a tensor once, of which torch's reads each wanted part, and frees it at once."""
+    """Reads each piece of a tensor once, where torch's reads it for each part that is wanted of it."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         wanted: dict[MetadataIndex, list[ReadItem]] = {}
@@ -38,15 +34,11 @@ class _Reader(FileSystemReader):
 
     def _place(self, piece: Any, items: list[ReadItem], planner: LoadPlanner) -> None:
         values = torch.load(piece, map_location="cpu", weights_only=True)
-        large = values.nbytes >= _LARGE
         for item in items:
             part = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
             target = planner.resolve_tensor(item)
             target.detach().copy_(values[part])
             planner.commit_tensor(item, target)
-        del values
-        if large:
-            gc.collect(1)
 
 
 class Item(NamedTuple):

@@ -118,7 +118,7 @@ def _write(
         for data in payload:
             with folder.create_stream(directory / files.EXTRA, "wb") as stream:
                 stream.write(data)
-        files.sync_directory(directory)
+        files.sync_directory(directory)  # on each host
         return results, dict(folder.entries)
 
     def finish(written: list[tuple[list[WriteResult], dict[str, files.Entry]]]) -> list[None]:

@@ -37,6 +37,7 @@ class Reducer:
         self.keep = keep  # leaves .grad as it is (stage 1)
         self.slots = slots
         self.sent = 0  # since ever: gives each message its slot
+        self.slot: int | None = None  # that this rank fills with the bucket that is sent next
         self.waiting: deque[tuple[int, int]] = deque()  # (slot, bucket) on their way
         self.summed: deque[tuple[int, int]] = deque()  # (bucket, rounds it holds) since the last step, in order
         self.place = {p: (b, i) for b, shard in enumerate(self.shards) for i, p in enumerate(shard.params)}
@@ -61,22 +62,33 @@ class Reducer:
         if shard.missing and not shard.present[position]:
             shard.present[position] = True
             shard.missing -= 1
-        if self.eager:
-            self._send_full()
+        if not self.eager:
+            return
+        # Into the slot at once, while the caches have it.
+        if self.next < len(self.order) and index == self.order[self.next] and self._open(shard):
+            self.seen.add(param)
+            shard.put(position, self.slot, self.keep)  # type: ignore[arg-type]
+        self._send_full()
+
+    def _open(self, shard: Shard) -> bool:
+        """True if there is a slot to fill."""
+        if self.slot is None:
+            self._collect(len(self.waiting), block=False)
+            slot = self.sent % self.slots
+            if len(self.waiting) < self.slots and shard.arena.acquire(slot, "", block=False):
+                self.slot = slot
+        return self.slot is not None
 
     def _send_full(self) -> None:
         while self.next < len(self.order):
             shard = self.shards[self.order[self.next]]
-            if shard.missing:
-                break
-            self._collect(len(self.waiting), block=False)
-            if len(self.waiting) == self.slots or not shard.arena.acquire(self.sent % self.slots, "", block=False):
-                break
+            if shard.missing or not self._open(shard):
+                return
             self._send(self.order[self.next])
             self.next += 1
-        if self.next == len(self.order) and all(shard.expected for shard in self.shards):
+            self._collect(len(self.waiting), block=False)
+        if all(shard.expected for shard in self.shards):
             self._close()
-        self._collect(len(self.waiting), block=False)
 
     # ---- called from step ----
 
@@ -86,7 +98,7 @@ class Reducer:
         gone = set(self.order[: self.next])
         late = any(self.place[param][0] in gone for param in pending)
         self.seen.update(pending)
-        started = self.next > 0 or bool(pending)
+        started = self.next > 0 or bool(pending) or self.slot is not None
         rounds = self.rounds + started + (late and not self.keep)
         return Progress(rounds, bytes(param in self.seen for param in self.params))
 
@@ -129,7 +141,7 @@ class Reducer:
     @property
     def idle(self) -> bool:
         """True if nothing has been sent since the last step."""
-        return self.rounds == 0 and self.next == 0
+        return self.rounds == 0 and self.next == 0 and self.slot is None
 
     # ---- traffic ----
 
@@ -144,12 +156,14 @@ class Reducer:
 
     def _send_waiting(self, index: int) -> None:
         # A slot comes free when all ranks have read it, this one too; so what lies in it is summed up first.
-        self._collect(len(self.waiting) - self.slots + 1, block=True)
-        self.shards[index].arena.acquire(self.sent % self.slots, f"waiting to send the gradients of bucket {index}")
+        if self.slot is None:
+            self._collect(len(self.waiting) - self.slots + 1, block=True)
+            self.slot = self.sent % self.slots
+            self.shards[index].arena.acquire(self.slot, f"waiting to send the gradients of bucket {index}")
         self._send(index)
 
     def _send(self, index: int) -> None:
-        shard, slot = self.shards[index], self.sent % self.slots
+        shard, slot, self.slot = self.shards[index], self.sent % self.slots, None
         self.seen.update(param for param in shard.params if param.grad is not None)
         shard.fill(slot, self.keep)
         shard.arena.send(slot, shard.layout.grad_spans(), f"reduce-scatter of bucket {index}")
@@ -163,7 +177,7 @@ class Reducer:
             shard = self.shards[index]
             if not shard.arena.arrive(slot, f"reduce-scatter of bucket {index}", block):
                 return
-            shard.reduce(shard.arena.sources(slot))
+            shard.reduce(slot, shard.arena.sources(slot))
             shard.arena.release(slot)
             self.waiting.popleft()
             self.summed.append((index, shard.rounds))

@@ -233,7 +233,7 @@ class _Launched:
         else:
             if whole:
                 shard.rounds = 0
-                shard.reduce([source[shard.own[0] : shard.own[1]].view(torch.uint8) for source in whole])
+                shard.reduce(0, [source[shard.own[0] : shard.own[1]].view(torch.uint8) for source in whole])
             if shard.reduced is None:
                 raise RuntimeError("pyshard: a bucket's gradients were not summed up before its update")
             flat, first = shard.reduced, shard.own[0]

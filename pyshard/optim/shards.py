@@ -56,7 +56,13 @@ class Shard:
         self.rounds = 0  # sums that `reduced` holds since the last step
         self.reduced: Tensor | None = None  # fp32 [own elements]
         self.pieces: list[Tensor] = []  # owned runs of the parameters, 1-d, empty ones too
+        self.placed = [False] * len(self.params)  # parameters whose gradient is in the slot that is filled now
         self._views: dict[int, list[Tensor]] = {}  # gradients in each slot, shaped as the parameters
+        self._whole: dict[
+            int, list[Tensor | None]
+        ] = {}  # for each slot, gradients of which only others' runs are there
+        self._strides = [like(param, param).stride() for param in self.params]
+        self._rank = rank
         # The kernels' launch over the pieces, and what it was made from (sharded_plan.py).
         self.launch: Any = None
         self.made_from: Any = None
@@ -84,29 +90,69 @@ class Shard:
         return [view for views in self._views.values() for view in views]
 
     @torch.no_grad()
-    def fill(self, slot: int, keep: bool) -> None:
-        """Puts the gradients into a slot, zeros for parameters that have none. Takes them away unless `keep`."""
-        targets, sources = [], []
-        for param, view in zip(self.params, self.views(slot), strict=True):
-            if param.grad is None:
-                view.zero_()
-            elif param.grad.data_ptr() != view.data_ptr():
-                targets.append(view)
-                sources.append(param.grad)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        if not keep:
-            for param in self.params:
-                param.grad = None
+    def put(self, position: int, slot: int, keep: bool) -> None:
+        """Puts the gradient of a parameter into a slot. Takes it away from .grad unless `keep`.
 
-    def reduce(self, sources: Sequence[Tensor]) -> None:
+        Of a dense one only what other ranks own is copied: reduce() takes the rest from where it is.
+        """
+        param, whole = self.params[position], self._whole.setdefault(slot, [None] * len(self.params))
+        grad = param.grad
+        if grad is None:
+            return
+        if self.placed[position]:  # a second backward before the bucket was sent
+            before = whole[position]
+            grad = grad + (self.views(slot)[position] if before is None else before)
+        (a, b), n, size = self.runs[position], param.numel(), grad.element_size()
+        dense = grad.device.type == "cpu" and grad.dtype == self.layout.wire and grad.layout == torch.strided
+        if dense and grad.stride() == self._strides[position]:
+            source, target, threads = grad.data_ptr(), self.views(slot)[position].data_ptr(), torch.get_num_threads()
+            if a == b:
+                a = b = n
+            if a > 0:
+                _C.cpu_copy(source, target, a * size, threads)
+            if b < n:
+                _C.cpu_copy(source + b * size, target + b * size, (n - b) * size, threads)
+            whole[position] = grad.detach() if a < b else None
+        else:
+            self.views(slot)[position].copy_(grad)
+            whole[position] = None
+        self.placed[position] = True
+        if not keep:
+            param.grad = None
+
+    def fill(self, slot: int, keep: bool) -> None:
+        """Puts all gradients that are not there yet into a slot, and zeros for parameters that have none."""
+        for position, param in enumerate(self.params):
+            if param.grad is not None:
+                self.put(position, slot, keep)
+            elif not self.placed[position]:
+                self.views(slot)[position].zero_()
+        self.placed = [False] * len(self.params)
+
+    def reduce(self, slot: int, sources: Sequence[Tensor]) -> None:
         """Adds the sum over ranks, in rank order, to what earlier rounds have left."""
         begin, end = self.own
-        if self.reduced is None:
-            self.reduced = torch.empty(end - begin, dtype=torch.float32, device=self.arena.params.device)
-        typed = [source.view(self.layout.wire) for source in sources]
-        reduce(typed, self.reduced, accumulate=self.rounds > 0)
+        if self.reduced is None:  # zeros: nothing is ever added between the parameters
+            self.reduced = torch.zeros(end - begin, dtype=torch.float32, device=self.arena.params.device)
+        whole = self._whole.pop(slot, ())
+        if all(grad is None for grad in whole):
+            typed = [source.view(self.layout.wire) for source in sources]
+            reduce(typed, self.reduced, accumulate=self.rounds > 0)
+        else:
+            self._reduce_runs(whole, sources, self.reduced.data_ptr())
         self.rounds += 1
+
+    def _reduce_runs(self, whole: Sequence[Tensor | None], sources: Sequence[Tensor], out: int) -> None:
+        """The same run by run, with this rank's gradients where backward has left them."""
+        wire, threads = self.layout.wire, torch.get_num_threads()
+        code, size, addresses = DTYPE_CODES[wire], wire.itemsize, [source.data_ptr() for source in sources]
+        for grad, (a, b), place in zip(whole, self.runs, self.layout.places, strict=True):
+            if a < b:
+                first = place.offset + a - self.own[0]
+                places = [address + first * size for address in addresses]
+                if grad is not None:
+                    places[self._rank] = grad.data_ptr() + a * size
+                _C.cpu_reduce(places, code, out + 4 * first, b - a, self.rounds > 0, threads)
 
     # ---- parameters ----
 
