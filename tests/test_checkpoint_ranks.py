@@ -75,6 +75,11 @@ def whole(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     return found
 
 
+def addresses(optimizer: Any) -> list[int]:
+    """Where the state is in memory."""
+    return [t.data_ptr() for items in optimizer.state.values() for _, t in sorted(items.items()) if t.numel() > 1]
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
     assert found.keys() == expected.keys(), f"{what}: {found.keys() ^ expected.keys()}"
     for key, value in expected.items():
@@ -137,7 +142,9 @@ def _any_to_any(rank: int, world: int, seed: int, root: str, kind: str) -> None:
                 assert mine <= total / new + 16 * 4096 * new, f"{mine} of {total} bytes on one of {new} ranks"
                 for i in range(2):
                     step(model, optimizer, seed + 20 + i + rank)
+                there = addresses(optimizer)
                 check(name, model, optimizer, f"{new} trained ranks")
+                assert addresses(optimizer) == there, "not in place"
                 close(optimizer)
             dist.barrier()
         model = model_of(kind, seed + 6)
