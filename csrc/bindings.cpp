@@ -90,7 +90,7 @@ void bind_cpu(py::module_& m) {
           throw std::invalid_argument("pyshard._C.sum_blocks: got " + std::to_string(bytes.size()) +
                                       " bytes, expected a multiple of the 8 of a double");
         std::vector<double> values(bytes.size() / sizeof(double));
-        std::memcpy(values.data(), bytes.data(), bytes.size());
+        if (!values.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
         return cpu_sum_blocks(std::move(values));
       },
       py::arg("sums"), "Total of AdamTable.block_sums(), of one table or of several in a row; 0.0 of none.");
