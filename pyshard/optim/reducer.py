@@ -166,7 +166,7 @@ class Reducer:
         shard, slot, self.slot = self.shards[index], self.sent % self.slots, None
         self.seen.update(param for param in shard.params if param.grad is not None)
         shard.fill(slot, self.keep)
-        shard.arena.send(slot, shard.layout.grad_spans(), f"reduce-scatter of bucket {index}")
+        shard.arena.send(slot, shard.grad_spans, f"reduce-scatter of bucket {index}")
         self.sent += 1
         self.waiting.append((slot, index))
 

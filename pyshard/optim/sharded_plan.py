@@ -57,7 +57,7 @@ def _make(optimizer: "ShardedAdam", shard: Shard) -> Launch:
             continue
         group = optimizer.param_groups[group_of[param]]
         fmt, _ = plan.check(optimizer, who, names[param], piece, group)
-        backend = optimizer._backend_of(shard)
+        backend = shard.backend
         states.check(who, names[param], piece, kept or {}, fmt)
         items = shard.states[piece] = optimizer.state[param]
         coupled, amsgrad, _ = plan.switches(group)

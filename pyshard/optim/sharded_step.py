@@ -220,7 +220,9 @@ class _Launched:
     def __init__(self, optimizer: "ShardedAdam", shard: Shard, flags: bytes):
         arena, layout = shard.arena, shard.layout
         self.shard, self.sources = shard, [0]
-        able = optimizer._backend_of(shard).name in ("cpu", "triton")  # to reach several places
+        if shard.backend is None:
+            shard.backend = optimizer._backend_of(shard)
+        able = shard.backend.name in ("cpu", "triton")  # to reach several places
         whole: list[Tensor] = []
         if isinstance(optimizer._reducers[optimizer._member[shard.params[0]]], InPlace):
             begin, end = shard.grad_begin, shard.grad_begin + layout.slot_bytes
@@ -238,8 +240,7 @@ class _Launched:
                 raise RuntimeError("pyshard: a bucket's gradients were not summed up before its update")
             flat, first = shard.reduced, shard.own[0]
         self.launch: Any = launch_of(optimizer, shard, flags, flat, first)
-        self.targets = [target.data_ptr() - arena.params.data_ptr() for target in arena.targets] if able else []
-        self.copies = [] if able else arena.targets
+        self.targets, self.copies = (shard.targets, []) if able else ([], arena.targets)
 
     def block_sums(self, groups: list[list[float]]) -> Tensor:
         sums: Tensor = self.launch.block_sums(groups, self.sources)
@@ -329,9 +330,9 @@ class _Arrival:
     """The new parameters of a bucket on their way; called, it waits for them."""
 
     def __init__(self, shard: Shard):
-        layout = shard.layout
+        begin, end = shard.param_spans[0][0], shard.param_spans[-1][1]
         self.arena = shard.arena
-        self.ticket: int | None = shard.arena.publish(layout.begin, layout.end, layout.param_spans(), _ALL_GATHER)
+        self.ticket: int | None = shard.arena.publish(begin, end, shard.param_spans, _ALL_GATHER)
 
     def __call__(self) -> None:
         if self.ticket is not None:

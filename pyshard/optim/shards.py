@@ -49,7 +49,10 @@ class Shard:
         self.grad_begin = grad_begin  # byte in a slot at which its gradients begin
         self.runs = [layout.run(place, rank) for place in layout.places]
         self.own = layout.cuts[rank], layout.cuts[rank + 1]
-        self.span = layout.param_spans()[rank]  # bytes of the array of all parameters
+        self.param_spans, self.grad_spans = layout.param_spans(), layout.grad_spans()
+        self.span = self.param_spans[rank]  # bytes of the array of all parameters
+        # Bytes from this rank's parameters to those of the other ranks that kernels can write.
+        self.targets = [target.data_ptr() - arena.params.data_ptr() for target in arena.targets]
         self.present = [False] * len(self.params)  # parameters whose gradient is ready for the round
         self.missing = len(self.params)
         self.expected = True  # false if no rank had a gradient for it at the last step
@@ -66,6 +69,7 @@ class Shard:
         # The kernels' launch over the pieces, and what it was made from (sharded_plan.py).
         self.launch: Any = None
         self.made_from: Any = None
+        self.backend: Any = None
         self.granted: Any = None  # which gradients the pieces have
         self.groups: list[dict[str, Any]] = []
         self.states: dict[Tensor, dict[str, Any]] = {}
