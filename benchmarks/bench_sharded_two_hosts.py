@@ -59,7 +59,7 @@ def bench_sharded_two_hosts(measure, settings, gbit: int) -> None:
                 entries=[field.entry(way) for way in WAYS],
                 targets=[
                     share(0.85, DDP, FP32),
-                    # Both directions in bf16: with fp32 parameters the link alone would need half of DDP's time and more.
+                    # Both directions in bf16: with fp32 parameters the link alone needs more than half of DDP's time.
                     times(2.0, DDP, BF16),
                     *(exposed_within(1.1, subject) for subject in (FP32, BF16_WIRE, BF16)),
                 ],
