@@ -222,6 +222,10 @@ def _through_torch(rank: int, world: int, seed: int, root: str, kind: str) -> No
         set_optimizer_state_dict(model, optimizer, flat, options=options)
         assert_same(whole(model, optimizer), expected, "flattened")
     else:
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        flat = get_optimizer_state_dict(model, optimizer, options=options)
+        with pytest.raises(ValueError, match=r"flatten_optimizer_state_dict=True.*master_weights='fp32'"):
+            set_optimizer_state_dict(model, optimizer, flat, options=options)
         state = get_optimizer_state_dict(model, optimizer)
         dcp.load({"o": state}, checkpoint_id=path)
         set_optimizer_state_dict(model, optimizer, state)
@@ -324,6 +328,35 @@ def _others(rank: int, world: int, seed: int, root: str) -> None:
 
 def test_wrappers(seed: int, tmp_path: Path) -> None:
     run(_others, 2, seed % 2**30, str(tmp_path))
+
+
+def _frozen(rank: int, world: int, root: str) -> None:
+    """State of a parameter that is not trained any more comes and goes with the rest."""
+    model = nn.ParameterList([nn.Parameter(torch.full((5000,), float(i))) for i in range(3)])
+    optimizer = pyshard.ShardedAdamW(model.parameters(), transport="collective", timeout=60)
+    step(model, optimizer, 1)
+    save_checkpoint(Path(root) / "a", model, optimizer)
+    expected = whole(model, optimizer)
+    for how in ("load_checkpoint", "load_state_dict"):
+        other = nn.ParameterList([nn.Parameter(torch.zeros(5000), requires_grad=i != 1) for i in range(3)])
+        again = pyshard.ShardedAdamW(other.parameters(), transport="collective", timeout=60)
+        if how == "load_checkpoint":
+            load_checkpoint(Path(root) / "a", other, again)
+        else:
+            other.load_state_dict(model.state_dict())
+            again.load_state_dict(optimizer.full_state_dict())
+        assert_same(whole(other, again), expected, how)
+        save_checkpoint(Path(root) / how, other, again)
+        close(again)
+    alone = nn.ParameterList([nn.Parameter(torch.zeros(5000)) for _ in range(3)])
+    last = pyshard.AdamW(alone.parameters())
+    load_checkpoint(Path(root) / "load_state_dict", alone, last)
+    assert_same(whole(alone, last), expected, "saved again")
+    close(optimizer)
+
+
+def test_state_of_a_frozen_parameter(tmp_path: Path) -> None:
+    run(_frozen, 2, str(tmp_path))
 
 
 # ---- failures ----

@@ -22,6 +22,7 @@ from ..kernels import checks, registry
 from ..kernels.launch import is_dtensor
 from . import agreement, sharded_explain, sharded_state
 from .adam import Adam
+from .flat_shard import wants_full_tensors
 from .forward import Gathering
 from .plan import named_params
 from .reducer import SLOTS, InPlace, Reducer
@@ -173,12 +174,13 @@ class ShardedAdam(Adam):
 
         self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
 
-    def _lay_out(self) -> None:
-        """Gives parameters that are trained and have no place yet a generation; needs no other rank."""
+    def _lay_out(self, also: Tensor | None = None) -> None:
+        """Gives parameters that are trained, and `also`, a place if they have none; needs no other rank."""
         new = [
             param
             for _, _, param in named_params(self.param_groups)
-            if param not in self._member and (param.requires_grad or param.grad is not None or self.state.get(param))
+            if param not in self._member
+            and (param is also or param.requires_grad or param.grad is not None or self.state.get(param))
         ]
         if not new:
             return
@@ -196,9 +198,7 @@ class ShardedAdam(Adam):
     def run_of(self, param: Tensor) -> tuple[int, int]:
         """Elements [begin, end) of a parameter, in the order of its memory, whose state this rank holds."""
         if param not in self._member:
-            self._lay_out()
-        if param not in self._member:
-            return 0, 0
+            self._lay_out(param)
         return self._generations[self._member[param]].runs[param]
 
     def transport(self) -> Transport:
@@ -342,7 +342,8 @@ class ShardedAdam(Adam):
 
         torch.distributed.checkpoint saves and loads it at any number of ranks. full_state_dict() has whole tensors.
         """
-        return super().state_dict()
+        found = super().state_dict()
+        return sharded_state.gathered(self, found) if self.world > 1 and wants_full_tensors() else found
 
     def full_state_dict(self) -> dict[str, Any]:
         """torch's state_dict with whole tensors, the same on all ranks, which all call this."""
@@ -359,7 +360,9 @@ class ShardedAdam(Adam):
         return sharded_state.saved(param, kept, self.run_of(param))
 
     def _check_loaded(self, who: str, name: str, param: Tensor, loaded: dict[str, Any]) -> None:
-        sharded_state.check_loaded(who, name, param, loaded)
+        if self.world == 1:
+            return super()._check_loaded(who, name, param, loaded)
+        sharded_state.check_loaded(who, name, param, loaded, self.run_of(param))
 
     def __getstate__(self) -> dict[str, Any]:
         if self.world > 1:

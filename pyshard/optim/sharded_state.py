@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import casts
 from ..kernels.reference import in_memory_order
 from . import state as states
-from .flat_shard import FlatShard, full, take
+from .flat_shard import FlatShard, check_takes, full, take
 
 if TYPE_CHECKING:
     from .sharded import ShardedAdam
@@ -41,9 +41,17 @@ def kept(param: Tensor, loaded: dict[str, Any], run: tuple[int, int]) -> dict[st
     return out
 
 
-def check_loaded(who: str, name: str, param: Tensor, loaded: dict[str, Any]) -> None:
-    """State of a state_dict, against the parameter it is for."""
-    states.check_loaded(who, name, param, loaded)
+def check_loaded(who: str, name: str, param: Tensor, loaded: dict[str, Any], run: tuple[int, int]) -> None:
+    """State of a state_dict, against the parameter it is for and the elements that this rank owns."""
+    for key in _PARTS:
+        if isinstance(loaded.get(key), FlatShard):
+            try:
+                check_takes(loaded[key], param, *run)
+            except ValueError as error:
+                raise ValueError(f"{who}: state {key!r} of {name}: {error}") from error
+    # What is left to check of a FlatShard is not of its memory, which is of another shape.
+    whole = {key: param if isinstance(value, FlatShard) else value for key, value in loaded.items()}
+    states.check_loaded(who, name, param, whole)
 
 
 def gathered(optimizer: "ShardedAdam", state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,12 @@ def check_loaded(who: str, name: str, param: Tensor, state: Mapping[str, Any]) -
     """State of a state_dict, against the parameter it is for: it will be cast and moved."""
     if not state:
         return
+    if "remainder" in state and not isinstance(state["remainder"], Tensor):  # torch's way to say it did not find it
+        raise ValueError(
+            f"{who}: the state of {name} came through flatten_optimizer_state_dict=True, which looks for what is in "
+            "memory, 'remainder', and leaves out what was saved, 'master'; expected the fp32 master. Leave that option "
+            "out, or use master_weights='fp32'."
+        )
     _check_complete(who, name, state)
     for key in (*MOMENTS, "master"):
         if key in state:
