@@ -63,9 +63,6 @@ def missing_argument(options: dict[str, Any]) -> str:
     except (AttributeError, ImportError) as error:
         return str(error)
     names = {"with_model": "model", "wire": "reduce_dtype", "own_group": "process_group"}
-    transport = options.get("transport", "auto")
-    if transport != "auto" and importlib.util.find_spec(f"pyshard.comm.{transport}") is None:
-        return f"pyshard.comm has no transport {transport} yet"
     known = {name for kind in optimizer.__mro__ for name in inspect.signature(kind.__init__).parameters}
     unknown = [names.get(option, option) for option in options if names.get(option, option) not in known]
     return f"pyshard.ShardedAdamW has no argument {', '.join(unknown)}" if unknown else ""

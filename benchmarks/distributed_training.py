@@ -37,22 +37,18 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def wire_bytes() -> tuple[int, int]:
-    """Bytes (sent, received) by this host's network devices: loopback where all ranks are on it, else the others.
+def sent_bytes() -> int:
+    """Bytes that this host has put on its network so far, headers included.
 
-    A sent byte of loopback is one of any rank: the share of this one is taken.
+    Where all ranks are on one host: this rank's share of what all of them have put on loopback.
     """
-    counts: dict[str, tuple[int, int]] = {}
+    counts = {}
     for line in Path("/proc/self/net/dev").read_text().splitlines()[2:]:
         name, numbers = line.split(":")
-        fields = numbers.split()
-        counts[name.strip()] = int(fields[8]), int(fields[0])
-    here = dist.get_world_size() if one_host() else 0
-    if here:
-        sent, received = counts["lo"]
-        return sent // here, received // here
-    outside = [count for name, count in counts.items() if name != "lo"]
-    return sum(count[0] for count in outside), sum(count[1] for count in outside)
+        counts[name.strip()] = int(numbers.split()[8])
+    if one_host():
+        return counts["lo"] // dist.get_world_size()
+    return sum(count for name, count in counts.items() if name != "lo")
 
 
 def one_host() -> bool:
@@ -133,19 +129,17 @@ class Training:
         timed step finds what a step of this way leaves behind, such as parameters still on their way.
         """
         dist.barrier()
-        before = wire_bytes()
+        before = sent_bytes()
         self._step()
         begin = time.perf_counter()
         losses, updates = zip(*(self._step() for _ in range(steps)))
         seconds = time.perf_counter() - begin
         self.settle()
         dist.barrier()
-        sent, received = (b - a for a, b in zip(before, wire_bytes()))
         return {
             "seconds": seconds / steps,
             "update": sum(updates) / steps,
-            "sent": sent / (steps + 1),
-            "received": received / (steps + 1),
+            "sent": (sent_bytes() - before) / (steps + 1),
             "losses": [float(loss) for loss in losses],
         }
 

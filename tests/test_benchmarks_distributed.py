@@ -182,8 +182,8 @@ def test_ranks_that_do_not_start() -> None:
 
 def test_log_takes_the_slowest_rank() -> None:
     log = entries.Log()
-    fast = {"seconds": 0.1, "update": 0.09, "sent": 10, "received": 0, "losses": [1.0, 2.0]}
-    slow = {"seconds": 0.2, "update": 0.01, "sent": 30, "received": 0, "losses": [3.0, 6.0]}
+    fast = {"seconds": 0.1, "update": 0.09, "sent": 10, "losses": [1.0, 2.0]}
+    slow = {"seconds": 0.2, "update": 0.01, "sent": 30, "losses": [3.0, 6.0]}
     assert log.add([fast, slow]) == 0.2
     assert log.add([fast, fast]) == 0.1
     assert log.losses == [1.0, 2.0]
