@@ -12,8 +12,7 @@ from gpt import GPT
 from group import WORLD
 from report import Run
 
-from pyshard import Adam, AdamW
-from pyshard import load_checkpoint, save_checkpoint
+from pyshard import Adam, AdamW, load_checkpoint, save_checkpoint
 
 
 def save(path: Path, run: Run, **extra: Any) -> None:

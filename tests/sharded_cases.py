@@ -1,7 +1,7 @@
 """Training with a sharded optimizer on several ranks, and the same training in one process, for the tests.
 
 The "model" is a list of parameters of awkward shapes and dtypes; the loss pulls each towards random targets that
-differ by rank and step. In one process the gradients of all ranks are summed up in rank order in fp32, as the design says.
+differ by rank and step. In one process the gradients of all ranks are summed up in rank order in fp32.
 """
 
 from collections.abc import Callable

@@ -359,7 +359,7 @@ def _explained(rank: int, world: int, stage: int, transport: str) -> str:
 
     model = _model()
     opt = pyshard.ShardedAdamW(model.parameters(), lr=1e-2, stage=stage, transport=transport)
-    assert "no backward and no step yet" in opt.explain()
+    assert f"transport {transport}" in opt.explain()
     model(_data(rank, 0)).square().sum().backward()
     opt.step()
     text: str = opt.explain()
@@ -375,3 +375,48 @@ def test_explain(transport: str) -> None:
     state = [int(text.rpartition("state ")[2].replace(",", "")) for text in texts]
     numel = 8 * 700 + 700 + 700 * 3 + 3 + 3 + 3
     assert sum(state) == 2 * 4 * numel + 2 * 6 * 4  # both moments, and six step counts on each rank
+
+
+def _with_the_model(rank: int, world: int) -> bool:
+    """Weights on their way while the next forward runs; written over right after step(), too."""
+    import pyshard
+
+    model = _model()
+    twin, reference = _twin(model, world)
+    opt = pyshard.ShardedAdamW(model.parameters(), lr=1e-2, transport="collective", model=model)
+    for step in range(8):
+        model(_data(rank, step)).square().sum().backward()
+        opt.step()
+        if step % 2:
+            model.load_state_dict({k: v * 0.5 for k, v in twin.state_dict().items()})
+        opt.zero_grad()
+        _sum_over_ranks(twin, world, step)
+        reference.step()
+        if step % 2:
+            twin.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    opt.synchronize()
+    return _equal(_weights(model), _weights(twin))
+
+
+def test_weights_that_arrive_during_the_next_forward() -> None:
+    for outcome in ranks.run(_with_the_model, 2):
+        assert outcome.value is True
+
+
+def _unused_after_all(rank: int, world: int, transport: str) -> bool:
+    """Stage 1: a gradient that zero_grad() has cleared does not make a step of its parameter."""
+    import pyshard
+
+    a, b = (nn.Parameter(torch.ones(10)) for _ in range(2))
+    opt = pyshard.ShardedAdamW([a, b], lr=1e-2, stage=1, transport=transport)
+    (a.sum() + b.sum()).backward()
+    opt.zero_grad()
+    b.sum().backward()
+    opt.step()
+    return not opt.state[a] and torch.equal(a, torch.ones(10)) and not torch.equal(b, torch.ones(10))
+
+
+@pytest.mark.parametrize("transport", ["shm", "collective"])
+def test_cleared_gradients_do_not_count(transport: str) -> None:
+    for outcome in ranks.run(_unused_after_all, 2, transport):
+        assert outcome.value is True

@@ -249,6 +249,7 @@ void cpu_reduce(const std::vector<uintptr_t>& sources, Dtype dtype, float* out, 
 void cpu_copy(const void* src, void* dst, int64_t bytes, int threads) {
   const auto* from = static_cast<const char*>(src);
   auto* to = static_cast<char*>(dst);
+  threads = useful_threads(bytes / 4, threads);
   on_ranges(bytes, threads, [&](int64_t begin, int64_t end) { std::memcpy(to + begin, from + begin, end - begin); });
 }
 

@@ -248,8 +248,10 @@ def begin(root: Path) -> tuple[Path, Path | None]:
     previous = newest(root)
     last = number(previous) if previous else 0
     for path in checkpoints(root):
-        if number(path) >= last and path != previous:
+        # Without a pointer (it was deleted, or not copied along) what is complete may be all that there is.
+        if path != previous and (number(path) >= last if previous else not (path / MANIFEST).exists()):
             remove(path)
+    last = max(map(number, checkpoints(root)), default=0)
     # The rest of the name keeps processes of a save that was thought dead out of this one's directory.
     directory = root / f"{last + 1:06d}-{uuid.uuid4().hex[:8]}"
     directory.mkdir()
@@ -277,7 +279,7 @@ def prune(newest: Path, keep: int) -> None:
     older = [path for path in checkpoints(newest.parent) if number(path) < number(newest)]
     complete = [path for path in older if (path / MANIFEST).exists()]
     for path in older:
-        if path not in complete[len(complete) - (keep - 1) :]:
+        if path not in complete[max(0, len(complete) - (keep - 1)) :]:
             remove(path)
 
 

@@ -145,6 +145,10 @@ class CollectiveArena(Arena):
         self._publications: dict[int, Any] = {}
         self._tickets = 0
 
+    @property
+    def traffic_bytes(self) -> int:
+        return super().traffic_bytes + sum(staging.numel() for staging in self._staging)
+
     def slot(self, index: int) -> Tensor:
         return self._slots[index]
 

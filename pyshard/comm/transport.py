@@ -6,7 +6,8 @@ all ranks. It never computes: sums, norms and updates are the kernels' work, so 
 bits.
 
 Everything here is called in the same order on all ranks of the group, except acquire and arrive with block=False,
-which only look. Whatever waits ends after `timeout` seconds, or as soon as a peer is known to be lost, with a PeerError.
+which only look. Whatever waits ends after `timeout` seconds, or as soon as a peer is known to be lost, with a
+PeerError.
 """
 
 from abc import ABC, abstractmethod
@@ -77,6 +78,11 @@ class Arena(ABC):
     slots: int
     params: Tensor  # uint8 [param_bytes], the parameters of this rank
     targets: list[Tensor]  # uint8 [param_bytes], the parameters of the other ranks in rank order; [] unless in_place
+
+    @property
+    def traffic_bytes(self) -> int:
+        """What gradients on their way take on this rank."""
+        return self.slot_bytes * self.slots
 
     @abstractmethod
     def slot(self, index: int) -> Tensor:

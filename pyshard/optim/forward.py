@@ -9,13 +9,16 @@ from torch import Tensor, nn
 class Gathering:
     """Publications that are still on their way, and the hooks of a model's modules that wait for them.
 
-    A module's forward waits for the parameters that the module holds itself. state_dict() waits for all.
+    A module's forward waits for the parameters that the module holds itself. state_dict() and load_state_dict() wait
+    for all.
     """
 
     def __init__(self, model: nn.Module):
         self._pending: dict[Tensor, Callable[[], None]] = {}  # parameter: waits for its bucket
-        self._handles: list[Any] = [model.register_state_dict_pre_hook(lambda *_: self.wait_all())]
+        self._handles: list[Any] = []
         for module in model.modules():
+            self._handles.append(module.register_state_dict_pre_hook(lambda *_: self.wait_all()))
+            self._handles.append(module.register_load_state_dict_pre_hook(lambda *_: self.wait_all()))
             own = list(module.parameters(recurse=False))
             if own:
                 self._handles.append(module.register_forward_pre_hook(self._waiter(own)))

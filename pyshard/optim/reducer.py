@@ -38,6 +38,7 @@ class Reducer:
         self.slots = slots
         self.sent = 0  # since ever: gives each message its slot
         self.slot: int | None = None  # that this rank fills with the bucket that is sent next
+        self.idle = True  # no backward has sent, or would have, since the last step
         self.waiting: deque[tuple[int, int]] = deque()  # (slot, bucket) on their way
         self.summed: deque[tuple[int, int]] = deque()  # (bucket, rounds it holds) since the last step, in order
         self.place = {p: (b, i) for b, shard in enumerate(self.shards) for i, p in enumerate(shard.params)}
@@ -64,6 +65,7 @@ class Reducer:
             shard.missing -= 1
         if not self.eager:
             return
+        self.idle = False
         # Into the slot at once, while the caches have it.
         if self.next < len(self.order) and index == self.order[self.next] and self._open(shard):
             self.seen.add(param)
@@ -97,10 +99,10 @@ class Reducer:
         pending = [param for param in self.params if param.grad is not None]
         gone = set(self.order[: self.next])
         late = any(self.place[param][0] in gone for param in pending)
-        self.seen.update(pending)
         started = self.next > 0 or bool(pending) or self.slot is not None
         rounds = self.rounds + started + (late and not self.keep)
-        return Progress(rounds, bytes(param in self.seen for param in self.params))
+        seen = self.seen.union(pending)
+        return Progress(rounds, bytes(param in seen for param in self.params))
 
     def finish(self, rounds: int, present: bytes) -> Iterator[Shard]:
         """Brings all ranks to the same number of rounds, and yields each bucket as soon as its sum is complete.
@@ -135,13 +137,9 @@ class Reducer:
             shard.rounds = 0
         self.summed.clear()
         self.seen.clear()
+        self.idle = True
         self.rounds = 0
         self._start()
-
-    @property
-    def idle(self) -> bool:
-        """True if nothing has been sent since the last step."""
-        return self.rounds == 0 and self.next == 0 and self.slot is None
 
     # ---- traffic ----
 

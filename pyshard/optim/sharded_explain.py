@@ -16,7 +16,7 @@ def held_bytes(optimizer: "ShardedAdam") -> dict[str, int]:
     for generation in optimizer._generations:
         kinds["parameters"] += sum(param.nbytes for param in generation.params)
         arenas = {shard.arena for shard in generation.shards}
-        kinds["gradients on their way"] += sum(arena.slot_bytes * arena.slots for arena in arenas)
+        kinds["gradients on their way"] += sum(arena.traffic_bytes for arena in arenas)
         in_slots = {view.data_ptr() for shard in generation.shards for view in shard.slot_views()}
         kinds["gradients"] += sum(s.reduced.nbytes for s in generation.shards if s.reduced is not None)
         for param in generation.params:
@@ -36,7 +36,6 @@ def explain(optimizer: "ShardedAdam") -> str:
     ]
     transport = optimizer._transport
     if transport is None:
-        lines.append("  no backward and no step yet: the transport is chosen at the first one")
         return "\n".join(lines)
     lines.append(f"  transport {transport.name}: {transport.why}")
     for generation in optimizer._generations:

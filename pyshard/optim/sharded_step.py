@@ -62,7 +62,7 @@ def hear_all(optimizer: "ShardedAdam", kind: Kind, error: Exception | None = Non
         they differ in hyperparameters, in what is trained or in what they are doing.
     """
     transport, who = optimizer.transport(), f"pyshard.{type(optimizer).__name__}"
-    progress = [reducer.progress() for reducer in optimizer._reducers]
+    progress = [reducer.progress() for reducer in optimizer._reducers]  # of generations that have memory
     rounds = max((p.rounds for p in progress), default=0)
     scale, found_inf = optimizer._amp_scale()
     digest = agreement.digest(optimizer._groups, [optimizer._index[p] for p in optimizer._member])
@@ -90,7 +90,7 @@ def hear_all(optimizer: "ShardedAdam", kind: Kind, error: Exception | None = Non
         items = agreement.describe(who, {}, optimizer.param_groups)
         agreement.check(who, optimizer.process_group, optimizer.ranks, items)
         raise ValueError(f"{who}: ranks have laid out different parameters; expected the same requires_grad on all.")
-    if len(set(scales)) > 1 and not any(infs):
+    if len(set(scales)) > 1 and set(kinds) == {Kind.STEP} and not any(infs):
         raise ValueError(
             f"{who}: GradScaler's scale is {1 / scales[0]:g} on rank {transport.ranks[0]} and differs on others; "
             "expected one scale. Make the GradScaler before the first backward, with the same settings on all ranks."
@@ -178,6 +178,8 @@ def _update_together(
     if news.found_inf:
         optimizer._skipped += 1
         return
+    # In one order, whatever came first: the norm's bits depend on it.
+    summed.sort(key=lambda each: optimizer._member[each[0].params[0]] << 32 | each[0].index)
     before = state.snapshot(optimizer.state)
     try:
         launches = [_Launched(optimizer, shard, flags) for shard, flags in summed]

@@ -1,7 +1,7 @@
 """Parameters and their gradients as one rank of a sharded optimizer holds them.
 
-A Generation is the set of parameters that were laid out together, at the first backward or step, and its memory.
-Parameters that come later (add_param_group, unfrozen) form a generation of their own, so the cuts of older ones never
+A Generation is the set of parameters that were laid out together, and its memory. Parameters that come later
+(add_param_group, unfrozen) form a generation of their own, so the cuts of older ones never
 move. A Shard is one bucket: how its gradients get into a slot, and the kernels' launch over the runs that this rank
 owns.
 """
@@ -42,7 +42,8 @@ def like(flat: Tensor, tensor: Tensor) -> Tensor:
 class Shard:
     """One bucket on this rank."""
 
-    def __init__(self, layout: Bucket, params: Sequence[Tensor], arena: Arena, rank: int, grad_begin: int):
+    def __init__(self, index: int, layout: Bucket, params: Sequence[Tensor], arena: Arena, rank: int, grad_begin: int):
+        self.index = index  # in its generation
         self.layout = layout
         self.params = [params[place.index] for place in layout.places]
         self.arena = arena
@@ -161,9 +162,8 @@ class Shard:
     # ---- parameters ----
 
     @torch.no_grad()
-    def bind(self) -> bool:
-        """Moves parameters that do not lie in the arena into it; true if there were any."""
-        moved = False
+    def bind(self) -> None:
+        """Moves parameters that do not lie in the arena into it."""
         size = self.layout.dtype.itemsize
         for param, place in zip(self.params, self.layout.places, strict=True):
             begin = self.layout.begin + place.offset * size
@@ -171,12 +171,10 @@ class Shard:
                 view = like(carve(self.arena.params, begin, place.numel, self.layout.dtype), param)
                 view.copy_(param.data)
                 param.data = view
-                moved = True
         if not self.pieces:
             for (a, b), place in zip(self.runs, self.layout.places, strict=True):
                 begin = self.layout.begin + (place.offset + a) * size
                 self.pieces.append(carve(self.arena.params, begin, b - a, self.layout.dtype))
-        return moved
 
     def owned_grads(self, flat: Tensor, begin: int) -> list[Tensor]:
         """The gradient of each owned run, out of a flat array whose first element is element `begin` of the bucket."""

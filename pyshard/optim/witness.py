@@ -31,7 +31,9 @@ class Witness:
 
     def tell(self, optimizer: "ShardedAdam", finite: bool) -> None:
         """Puts into .grad of one parameter what holds for all ranks."""
-        params = [p for generation in optimizer._generations for p in generation.params if p.numel()]
+        params = [
+            p for generation in optimizer._generations for p in generation.params if p.numel() and p.requires_grad
+        ]
         if optimizer.stage == 1:
             params = [p for p in params if p.grad is not None]
             if params and not finite:
