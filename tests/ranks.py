@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "pyshard"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "pyshard"])
 
 
 @dataclass

@@ -7,8 +7,8 @@ rank that was lost first, and not the one that left because of it.
 
 What gloo leaves to do, as seen with torch 2.13:
 - is_completed() of a send or a receive turns true only after wait(), and a wait() that ends by its timeout closes all
-  connections. So a thread per peer waits, with a timeout that never comes, and marks what is complete; wait() releases
-  the interpreter's lock.
+  connections. So threads wait, with a timeout that never comes, and mark what is complete; wait() releases the
+  interpreter's lock. One for each peer and stream: what has come on one must not wait for what is late on another.
 - When a connection closes, what waits for its turn fails, but the message that is just being transferred does not. So
   a second thread per peer waits for its note, which is never being transferred.
 - A message longer than its receive ends the receiving process, and a shorter one is taken without a word. So the tag
@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -74,16 +74,19 @@ class _Peer:
 
     def __init__(self, index: int, changed: threading.Condition, note: Tensor, note_work: Any):
         self.index = index
-        self.queue: SimpleQueue[Message | None] = SimpleQueue()
+        self.queues: dict[int, SimpleQueue[Message | None]] = {}  # of each stream
         self.unfinished: set[Message] = set()
         self.lost_at = math.inf  # when its connection closed, or its note came
         self._changed, self._note, self._note_work = changed, note, note_work
-        self.threads = [threading.Thread(target=f, daemon=True) for f in (self._wait, self._listen)]
-        for thread in self.threads:
-            thread.start()
+        self.threads: list[threading.Thread] = []
+        self._start(self._listen)
 
-    def _wait(self) -> None:
-        while (message := self.queue.get()) is not None:
+    def _start(self, call: Callable[..., None], *args: Any) -> None:
+        self.threads.append(threading.Thread(target=call, args=args, daemon=True))
+        self.threads[-1].start()
+
+    def _wait(self, queue: "SimpleQueue[Message | None]") -> None:
+        while (message := queue.get()) is not None:
             try:
                 message.work.wait(NEVER)
             except RuntimeError:
@@ -101,10 +104,13 @@ class _Peer:
                 return  # its last messages came before, but may still have to be marked
         self.lose()
 
-    def add(self, message: Message) -> None:
+    def add(self, message: Message, stream: int) -> None:
         with self._changed:
             self.unfinished.add(message)
-        self.queue.put(message)
+        if stream not in self.queues:
+            self.queues[stream] = SimpleQueue()
+            self._start(self._wait, self.queues[stream])
+        self.queues[stream].put(message)
 
     @property
     def lost(self) -> bool:
@@ -184,7 +190,7 @@ class GlooWire:
             peer.lose()
             raise self._failure([message], operation, None) from None
         messages.append(message)
-        peer.add(message)
+        peer.add(message, stream)
 
     def all_gather(self, mine: Tensor, operation: str) -> list[Tensor]:
         """The tensors of all ranks, of one size. In one turn, where gloo's own takes a turn per rank."""
@@ -325,7 +331,8 @@ def _hang_up(gloo: Any, peers: Iterable[_Peer], seconds: float) -> None:
         with suppress(RuntimeError):
             gloo.recv([torch.zeros(1, dtype=torch.uint8)], peer.index, _tag(NOTHING, 1)).wait(INSTANT)
     for peer in peers:
-        peer.queue.put(None)
+        for queue in peer.queues.values():
+            queue.put(None)
     end = time.monotonic() + seconds
     for thread in (thread for peer in peers for thread in peer.threads):
         if thread is not threading.current_thread():

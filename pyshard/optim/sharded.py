@@ -256,6 +256,7 @@ class ShardedAdam(Adam):
     @torch.no_grad()
     def _end_of_backward(self) -> None:
         self._witness.queued = False
+        self._witness.take_back("")  # of a backward before, which this one has not added to
         self._hyperparameters()
         end_of_backward(self, hear_all(self, Kind.BACKWARD))
 
@@ -297,17 +298,18 @@ class ShardedAdam(Adam):
             self._bind()
         except (TypeError, ValueError, RuntimeError) as error:
             problem = error
-        news = begin(self, problem)
-        if len(self._reducers) < len(self._generations):  # on all ranks alike, or begin() had raised
-            self._set_up()
-            self._bind()
-            news = begin(self, None)
+        everywhere: tuple[type[BaseException], ...] = (Exception,)  # errors that all ranks have
         try:
+            news = begin(self, problem)
+            if len(self._reducers) < len(self._generations):  # on all ranks alike, or begin() had raised
+                self._set_up()
+                self._bind()
+                news = begin(self, None)
+            everywhere = (PeerError, FloatingPointError)
             step_on_ranks(self, self._groups, news)
-        except (PeerError, FloatingPointError):
-            raise
-        except BaseException as error:  # here alone: the others wait
-            self.transport().abort(f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            if not isinstance(error, everywhere):  # the others wait
+                self.transport().abort(f"{type(error).__name__}: {error}")
             raise
 
     def _bind(self) -> None:

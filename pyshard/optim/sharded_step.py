@@ -128,6 +128,7 @@ def end_of_backward(optimizer: "ShardedAdam", news: News) -> None:
             reducer.remember()
     else:
         values = [p.grad for p in optimizer._member]
+    values += [p.grad for p in optimizer._index if p not in optimizer._member]  # without a place until step()
     _, nonfinite = grad_norm([value for value in values if value is not None])
     heard = optimizer.transport().exchange(struct.pack("<q", bool(nonfinite)), "end of backward")
     optimizer._witness.tell(optimizer, finite=not any(struct.unpack("<q", one)[0] for one in heard))
@@ -153,10 +154,16 @@ def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], news: New
             _update_together(optimizer, groups, news, list(summed))
         else:
             _update_in_turn(optimizer, groups, news, summed)
-    finally:
-        for reducer, present in zip(optimizer._reducers, news.present, strict=True):
-            if any(present):
-                reducer.reset(present)
+    except FloatingPointError:  # on all ranks, which go on; after any other error no step follows
+        _reset(optimizer, news)
+        raise
+    _reset(optimizer, news)
+
+
+def _reset(optimizer: "ShardedAdam", news: News) -> None:
+    for reducer, present in zip(optimizer._reducers, news.present, strict=True):
+        if any(present):
+            reducer.reset(present)
 
 
 def _update_in_turn(

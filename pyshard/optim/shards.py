@@ -53,7 +53,7 @@ class Shard:
         self.param_spans, self.grad_spans = layout.param_spans(), layout.grad_spans()
         self.span = self.param_spans[rank]  # bytes of the array of all parameters
         # Bytes from this rank's parameters to those of the other ranks that kernels can write.
-        self.targets = [target.data_ptr() - arena.params.data_ptr() for target in arena.targets]
+        self.targets = [target.data_ptr() - arena.params.data_ptr() for target in arena.targets if target.numel()]
         self.present = [False] * len(self.params)  # parameters whose gradient is ready for the round
         self.missing = len(self.params)
         self.expected = True  # false if no rank had a gradient for it at the last step
