@@ -1,4 +1,4 @@
-"""Random training programs: on several ranks with a sharded optimizer, and by a model of what that means in one process.
+"""Random training programs: on several ranks with a sharded optimizer, and by a model of them in one process.
 After every step all ranks must hold the bits of the model, and at the end its state.
 
 A program is a list of actions, the same on all ranks but for which parameters a rank uses when. Gradients are either
@@ -33,7 +33,21 @@ BATCH = 16  # programs that the same processes run
 LIMIT = 120  # seconds of a batch
 TIMEOUT = float(os.environ.get("T", 30))  # of the optimizers
 # Ends of parameters at, before and behind blocks of the norm and aligned places; none, one, and many elements.
-SHAPES = [(), (0,), (1,), (13,), (32,), (33, 5), (4095,), (4096,), (4097,), (70, 130), (2, 3, 0), (5, 7, 11, 13), (12300,)]
+SHAPES = [
+    (),
+    (0,),
+    (1,),
+    (13,),
+    (32,),
+    (33, 5),
+    (4095,),
+    (4096,),
+    (4097,),
+    (70, 130),
+    (2, 3, 0),
+    (5, 7, 11, 13),
+    (12300,),
+]
 INTEGERS = 2  # gradients of one use are integers up to this: 64 of them add up exactly in bf16
 
 
@@ -287,7 +301,7 @@ class OnRank(Actor):
         """A step that cannot be taken, because of one rank."""
         group = self.opt.param_groups[0]
         before, group["lr"] = group["lr"], -1.0 if rank == self.rank else group["lr"]
-        with pytest.raises(ValueError if rank == self.rank else pyshard.comm.PeerError, match="lr=-1.0"):
+        with pytest.raises(ValueError if rank == self.rank else pyshard.comm.PeerError, match=r"lr=-1\.0"):
             self.opt.step()
         group["lr"] = before
 
@@ -355,7 +369,9 @@ class InOneProcess(Actor):
     def hand(self, uses: tuple[Use, ...]) -> None:
         for rank, use in enumerate(uses):
             for i in (i for i in use.params if self.params[i].requires_grad):
-                self.grads[rank][i] = torch.full_like(self.params[i], rank + 1.0, dtype=self.program.specs[i].grad_dtype)
+                self.grads[rank][i] = torch.full_like(
+                    self.params[i], rank + 1.0, dtype=self.program.specs[i].grad_dtype
+                )
 
     def double(self, in_place: bool) -> None:
         self.grads = [{i: grad * 2 for i, grad in grads.items()} for grads in self.grads]
@@ -426,7 +442,7 @@ def make_program(seed: int, world: int) -> Program:
     specs = []
     for _ in range(int(rng.integers(2, 9))):
         shape, dtype = pick(*SHAPES), pick(*dtypes)
-        wide = dtype != F32 and chance(0.2) or dtype == F16 and scaler  # torch's GradScaler refuses fp16 gradients
+        wide = (dtype != F32 and chance(0.2)) or (dtype == F16 and scaler)  # torch's GradScaler refuses fp16 gradients
         specs.append(Spec(shape, dtype, chance(0.5), chance(0.15), chance(0.2), wide))
     order = [int(i) for i in rng.permutation(len(specs))]
     first = order[: int(rng.integers(1, len(order) + 1))]
