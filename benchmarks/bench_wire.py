@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from benchmarks import machine
 from benchmarks.distributed_ranks import Ranks
-from benchmarks.distributed_training import wire_bytes
+from benchmarks.distributed_training import sent_bytes
 from benchmarks.harness import Contestant, Run
 from benchmarks.results import Case, faster_than
 
@@ -95,12 +95,12 @@ class Reduction:
     def sample(self, calls: int) -> tuple[float, float]:
         """Seconds and bytes sent per call."""
         dist.barrier()
-        before, start = wire_bytes()[0], time.perf_counter()
+        before, start = sent_bytes(), time.perf_counter()
         for _ in range(calls):
             self.reduce()
         seconds = time.perf_counter() - start
         dist.barrier()  # so that the bytes of both ranks are in
-        return seconds / calls, (wire_bytes()[0] - before) / calls
+        return seconds / calls, (sent_bytes() - before) / calls
 
     def close(self) -> None:
         self._close()

@@ -411,15 +411,16 @@ def names(root: Path) -> list[str]:
 
 def test_keep(seed: int, tmp_path: Path) -> None:
     model, optimizer = pair(seed)
-    for i, keep in enumerate([2, 2, 2, 3, 3, 1], start=1):
+    for i, keep in enumerate([2, 2, 2, 3, 3, 5, 5, 9, 1], start=1):
         save_checkpoint(tmp_path, model, optimizer, keep=keep, i=i)
         assert load_checkpoint(tmp_path, model, optimizer) == {"i": i}
-        left = {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [3, 4, 5], 6: [6]}[i]
-        assert names(tmp_path) == [f"{n:06d}" for n in left] + ["latest"]
+        left = {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [3, 4, 5], 6: [3, 4, 5, 6], 7: [3, 4, 5, 6, 7]}
+        left |= {8: [3, 4, 5, 6, 7, 8], 9: [9]}
+        assert names(tmp_path) == [f"{n:06d}" for n in left[i]] + ["latest"]
     for keep in (0, -1, 1.0, True, None):
         with pytest.raises(ValueError, match=r"keep=.*expected a whole number, at least 1"):
             save_checkpoint(tmp_path, model, optimizer, keep=keep)  # type: ignore[arg-type]
-    assert names(tmp_path) == ["000006", "latest"]
+    assert names(tmp_path) == ["000009", "latest"]
 
 
 def test_an_older_checkpoint_by_its_path(seed: int, tmp_path: Path) -> None:
@@ -448,11 +449,11 @@ def test_where_there_is_nothing(seed: int, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"load_checkpoint: .* has no complete checkpoint.*'latest'"):
             load_checkpoint(path, model, optimizer)
     save_checkpoint(tmp_path, model, optimizer)
-    (tmp_path / "latest").unlink()  # as a first save that has not come to its end
+    (tmp_path / "latest").unlink()  # as a first save that has not come to its end, or a copy without the pointer
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         load_checkpoint(tmp_path, model, optimizer)
     save_checkpoint(tmp_path, model, optimizer)
-    assert names(tmp_path) == ["000001", "latest"]
+    assert names(tmp_path) == ["000001", "000002", "latest"]
 
 
 @pytest.mark.parametrize("when", ["begin", "write_sealed"])
@@ -475,7 +476,8 @@ def test_another_save_meanwhile(seed: int, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises((FileNotFoundError, CheckpointError), match=message):
         save_checkpoint(tmp_path, model, optimizer, which="this one")
     assert load_checkpoint(tmp_path, model, optimizer) == {"which": "the other"}
-    assert names(tmp_path) == ["000001", "000002", "latest"]
+    left = {"begin": ["000001", "000002"], "write_sealed": ["000003"]}[when]  # the other one kept two: its own and this
+    assert names(tmp_path) == [*left, "latest"]
 
 
 def _begin_without_removing(root: Path, begin: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
