@@ -149,7 +149,7 @@ def _forward(opt: Any, model: Any, hit: Hit) -> None:
 
 
 def _memory(opt: Any, model: nn.Module, hit: Hit) -> None:
-    """When memory for the first buckets is made, by a transport that is not chosen yet."""
+    """When memory for the first buckets is made, in construction, by a transport that is not chosen yet."""
     sharded = importlib.import_module("pyshard.optim.sharded")
     inner = sharded.choose
 
@@ -177,7 +177,7 @@ IN_STEP = rf"{BEGINNING}|reduction of gradients in place|exchange of the gradien
 NO_MEMORY = "looking at free memory|allocating memory for buckets"
 
 MOMENTS = {
-    "memory": Moment(FIRST, _memory, NO_MEMORY),
+    "memory": Moment(-1, _memory, NO_MEMORY),
     "end of the first backward": Moment(FIRST, _of_optimizer("_end_of_backward"), rf"end of backward|{BUCKETS}"),
     "forward": Moment(LATER, _forward, BEGINNING),
     "before the first bucket": Moment(LATER, _of_optimizer("_on_grad"), BEGINNING),
@@ -203,7 +203,7 @@ MOMENTS = {
 IN_GROUP = {
     "agreement": Moment(-1, _of_module("agreement", "check"), ""),
     "broadcast": Moment(-1, _of_module("agreement", "broadcast"), ""),
-    "choice of a transport": Moment(FIRST, _of_module("sharded", "choose"), ""),
+    "choice of a transport": Moment(-1, _of_module("sharded", "choose"), ""),
     "adding a group": Moment(LATER, _of_module("agreement", "check"), ""),
     "whole state": Moment(LATER, _of_module("sharded_state", "gathered"), ""),
 }
