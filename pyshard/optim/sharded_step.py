@@ -146,7 +146,7 @@ def begin(optimizer: "ShardedAdam", error: Exception | None) -> News:
 
 def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], news: News) -> None:
     """The step. Parameters and state change in place; or not at all, if a gradient is not finite."""
-    scaled = getattr(optimizer, "grad_scale", None) is not None
+    scaled = getattr(optimizer, "found_inf", None) is not None  # which GradScaler sets; after unscale_() no scale
     optimizer._witness.watching = scaled
     try:
         summed = finish_rounds(optimizer, news)
