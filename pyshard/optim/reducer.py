@@ -39,8 +39,8 @@ class Reducer:
         self.sent = 0  # since ever: gives each message its slot
         self.slot: int | None = None  # that this rank fills with the bucket that is sent next
         self.idle = True  # no backward has sent, or would have, since the last step
-        self.waiting: deque[tuple[int, int]] = deque()  # (slot, bucket) on their way
-        self.summed: deque[tuple[int, int]] = deque()  # (bucket, rounds it holds) since the last step, in order
+        self.waiting: deque[tuple[int, int, int]] = deque()  # (slot, bucket, round) on their way
+        self.summed: deque[tuple[int, int]] = deque()  # (bucket, round) since the last step, in order
         self.place = {p: (b, i) for b, shard in enumerate(self.shards) for i, p in enumerate(shard.params)}
         self.seen: set[Tensor] = set()  # parameters that have had a gradient since the last step
         self._start()
@@ -122,13 +122,13 @@ class Reducer:
 
     def _complete(self, rounds: int) -> Iterator[Shard]:
         while self.summed:
-            index, held = self.summed.popleft()
-            if held == rounds:
+            index, number = self.summed.popleft()
+            if number == rounds - 1:  # in which all buckets are sent that have a gradient
                 yield self.shards[index]
 
     def remember(self) -> None:
         """After a finish() without a step: the next one yields all buckets again."""
-        self.summed = deque((i, shard.rounds) for i, shard in enumerate(self.shards) if shard.rounds)
+        self.summed = deque((i, self.rounds - 1) for i, shard in enumerate(self.shards) if shard.rounds)
 
     def reset(self, present: bytes) -> None:
         """Forgets what the ranks have sent, after a step."""
@@ -166,19 +166,19 @@ class Reducer:
         shard.fill(slot, self.keep)
         shard.arena.send(slot, shard.grad_spans, f"reduce-scatter of bucket {index}")
         self.sent += 1
-        self.waiting.append((slot, index))
+        self.waiting.append((slot, index, self.rounds))
 
     def _collect(self, count: int, block: bool) -> None:
         """Sums up the oldest messages: `count` of them, or without `block` those that are here."""
         for _ in range(count):
-            slot, index = self.waiting[0]
+            slot, index, number = self.waiting[0]
             shard = self.shards[index]
             if not shard.arena.arrive(slot, f"reduce-scatter of bucket {index}", block):
                 return
             shard.reduce(slot, shard.arena.sources(slot))
             shard.arena.release(slot)
             self.waiting.popleft()
-            self.summed.append((index, shard.rounds))
+            self.summed.append((index, number))
 
 
 class InPlace:

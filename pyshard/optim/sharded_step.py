@@ -86,7 +86,7 @@ def hear_all(optimizer: "ShardedAdam", kind: Kind, error: Exception | None = Non
     if Kind.ZERO_GRAD in kinds and set(kinds) != {Kind.ZERO_GRAD}:
         names = ", ".join(f"rank {r}: {operation[Kind(k)]}" for r, k in zip(transport.ranks, kinds, strict=True))
         raise RuntimeError(f"{who}: ranks are at different places ({names}); expected the same calls on all ranks.")
-    if len(set(digests)) > 1:
+    if len(set(digests)) > 1 and len(set(kinds)) == 1:  # else those in step() have laid out what is new, and come again
         items = agreement.describe(who, {}, optimizer.param_groups)
         agreement.check(who, optimizer.process_group, optimizer.ranks, items)
         raise ValueError(f"{who}: ranks have laid out different parameters; expected the same requires_grad on all.")
@@ -146,8 +146,9 @@ def begin(optimizer: "ShardedAdam", error: Exception | None) -> News:
 
 def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], news: News) -> None:
     """The step. Parameters and state change in place; or not at all, if a gradient is not finite."""
-    scaled = getattr(optimizer, "found_inf", None) is not None  # which GradScaler sets; after unscale_() no scale
-    optimizer._witness.watching = scaled
+    scaled = getattr(optimizer, "grad_scale", None) is not None
+    # A scaler whose unscale_() came before step() leaves only this.
+    optimizer._witness.watching = getattr(optimizer, "found_inf", None) is not None
     try:
         summed = finish_rounds(optimizer, news)
         if news.found_inf or optimizer.options.needs_norm() or scaled:
