@@ -6,6 +6,7 @@ processes of their own, and all runs have a hard time limit.
 """
 
 import faulthandler
+import gc
 import importlib
 import itertools
 import json
@@ -186,7 +187,7 @@ MOMENTS = {
     "backward in no_sync": Moment(LATER, _forward, BEGINNING),
     "sending": Moment(LATER, _arena("send"), IN_STEP),
     "sending the fourth bucket": Moment(LATER, _arena("send", 3), IN_STEP, (2,)),
-    "sum": Moment(LATER, _of_module("shards", "reduce", 1), IN_STEP, (2,)),
+    "sum": Moment(LATER, _of_module("shards", "Shard.reduce", 1), IN_STEP, (2,)),
     "release of a slot": Moment(LATER, _arena("release"), IN_STEP),
     "beginning of step": Moment(LATER, _exchange("beginning of step()"), BEGINNING),
     "norm": Moment(LATER, _exchange("exchange of the gradients' norm"), IN_STEP),
@@ -397,6 +398,7 @@ def test_ends_of_interpreters(tmp_path: Path) -> None:
 
 def _ends(folder: Path) -> None:
     """The program: forks the ranks of all ends. They return from here, into the end of their interpreter."""
+    gc.freeze()  # or each of them goes through all that torch has made, which takes most of its time
     for name in ENDS:
         ranks_of: dict[str, list[int]] = {}
         for transport in TRANSPORTS:
