@@ -492,7 +492,8 @@ def make_program(seed: int, world: int) -> Program:
             actions.append(freeze(pick(*known), chance(0.7)))
         if not writes and chance(0.2):
             now = settings()
-            actions.append(("restart", now))
+            # A frozen parameter with a gradient on some ranks only would be an error.
+            actions += [("zero_grad", True), ("restart", now)]
             fresh = True
         if chance(0.2):  # gradients that are thrown away
             actions.append(("backward", uses(always=True)))
