@@ -419,7 +419,7 @@ def make_program(seed: int, world: int) -> Program:
     if world > 1 and chance(0.15):
         members = tuple(sorted(int(r) for r in rng.choice(world, int(rng.integers(1, world + 1)), replace=False)))
     size = world if members is None else len(members)
-    exact, scaler = chance(0.6), chance(0.15)
+    exact, scaler = chance(0.6), chance(0.25)
     dtypes = pick((F32,), (BF16,), (F32, BF16), (F32, BF16, F16))
     specs = []
     for _ in range(int(rng.integers(2, 9))):
