@@ -47,6 +47,7 @@ def _main(
                 world_size=world,
                 timeout=timedelta(seconds=60),
             )
+            dist.barrier()  # a rank that ends at once would close connections that others are still making
         outcome = Outcome(fn(rank, world, *args))
     except BaseException as error:
         outcome = Outcome(None, f"{type(error).__name__}: {error}", traceback.format_exc())
