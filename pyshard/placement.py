@@ -1,0 +1,94 @@
+"""Which part of a whole parameter the tensor on this rank is, told by an attribute of the parameter.
+
+Layers that cut their weights over a tensor-parallel group set `param.tensor_shard`; optimizers, norms and checkpoints
+read it and know nothing else of tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ATTRIBUTE = "tensor_shard"
+
+# [begin, end) along the cut dimension of the whole.
+Piece = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """The cut of one parameter over the ranks of a group.
+
+    Attributes:
+        group: the ranks that hold the parts.
+        shape: of the whole parameter.
+        dim: along which it is cut; None: every rank of the group holds the whole.
+        pieces: for each rank, what its tensor holds along dim, in the order in which it holds it. A fused query, key
+            and value weight has three pieces a rank.
+    """
+
+    group: dist.ProcessGroup
+    shape: tuple[int, ...]
+    dim: int | None = None
+    pieces: tuple[tuple[Piece, ...], ...] = ()
+
+    @classmethod
+    def even(cls, group: dist.ProcessGroup, shape: Sequence[int], dim: int, sizes: Sequence[int]) -> TensorShard:
+        """One piece a rank, of these sizes, in rank order."""
+        ends = [sum(sizes[: rank + 1]) for rank in range(len(sizes))]
+        pieces = tuple(((end - size, end),) for end, size in zip(ends, sizes, strict=True))
+        return cls(group, tuple(shape), dim, pieces)
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def sizes(self) -> list[int]:
+        """What each rank holds along dim."""
+        return [sum(end - begin for begin, end in pieces) for pieces in self.pieces]
+
+    def local_shape(self, rank: int | None = None) -> tuple[int, ...]:
+        """Of the tensor on a rank; None: on this one."""
+        if self.dim is None:
+            return self.shape
+        size = self.sizes[self.rank if rank is None else rank]
+        return (*self.shape[: self.dim], size, *self.shape[self.dim + 1 :])
+
+    def cut(self, whole: Tensor, rank: int | None = None) -> Tensor:
+        """A rank's part of the whole; a view where it is one piece."""
+        if self.dim is None:
+            return whole
+        pieces = self.pieces[self.rank if rank is None else rank]
+        parts = [whole.narrow(self.dim, begin, end - begin) for begin, end in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+
+    def place(self, part: Tensor, whole: Tensor, rank: int) -> None:
+        """Writes a rank's part where it belongs in the whole."""
+        if self.dim is None:
+            whole.copy_(part)
+            return
+        begin = 0
+        for first, end in self.pieces[rank]:
+            whole.narrow(self.dim, first, end - first).copy_(part.narrow(self.dim, begin, end - first))
+            begin += end - first
+
+
+def tensor_shard(param: Tensor) -> TensorShard | None:
+    """How the parameter is cut; None: it is an ordinary one."""
+    return getattr(param, ATTRIBUTE, None)
+
+
+def set_tensor_shard(param: Tensor, shard: TensorShard) -> None:
+    """Says how the parameter is cut. Raises ValueError if its shape is not that of this rank's part."""
+    if tuple(param.shape) != shard.local_shape():
+        raise ValueError(
+            f"pyshard: a parameter of shape {tuple(param.shape)} is said to be rank {shard.rank}'s part of "
+            f"{shard.shape} cut along {shard.dim}; expected shape {shard.local_shape()}"
+        )
+    setattr(param, ATTRIBUTE, shard)
