@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _C
 from .memory import available_memory
-from .transport import Arena, PeerError, Spans, Transport
+from .transport import IN_PLACE_BUCKET_BYTES, Arena, PeerError, Spans, Transport
 
 _PAGE = 4096  # params and slots start at a page, so that writes of one rank touch no line that another reads
 _LINE = 64  # bytes of a counter
@@ -52,6 +52,7 @@ class ShmTransport(Transport):
 
     name = "shm"
     in_place = True
+    bucket_bytes = IN_PLACE_BUCKET_BYTES
 
     def __init__(self, mailbox: "_C.Mailbox", rank: int, ranks: list[int], pids: list[int], timeout: float):
         self.rank, self.ranks, self.world = rank, ranks, len(ranks)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..kernels import triton, triton_sharded
 from ..kernels.triton_sharded import Flags, Peers, Signals
 from .gloo import GlooWire
-from .transport import Arena, PeerError, Spans, Transport
+from .transport import IN_PLACE_BUCKET_BYTES, Arena, PeerError, Spans, Transport
 
 _WORD = 8  # bytes of a flag
 _ALIGNMENT = 256  # bytes: no two parts of a buffer share a cache line
@@ -116,6 +116,7 @@ class SymmMemTransport(Transport):
 
     name = "symm_mem"
     in_place = True
+    bucket_bytes = IN_PLACE_BUCKET_BYTES
 
     @classmethod
     def create(cls, group: dist.ProcessGroup | None, device: torch.device, timeout: float) -> "SymmMemTransport | str":

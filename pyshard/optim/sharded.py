@@ -31,9 +31,6 @@ from .shards import Generation, Shard
 from .witness import Witness
 
 _TIMEOUT = 300.0  # seconds
-# Where ranks read each other's memory, buckets of 1, 2, 4, 8 and 25 MB took the same time (151 to 152 ms a step of a
-# GPT-2 of 13.9 M parameters on two ranks); small ones hold less memory.
-_IN_PLACE_BUCKET_BYTES = 4 << 20
 
 
 class ShardedAdam(Adam):
@@ -56,7 +53,8 @@ class ShardedAdam(Adam):
         process_group: the ranks; None is the default group.
         transport: "shm" (CPU tensors, one host), "symm_mem" (GPUs with peer access), "collective" (gloo or NCCL, any
             hosts), or "auto"; explain() says what was chosen and why.
-        bucket_mb: at most so many MB of gradients travel in one message, and no more than 4 over shm and symm_mem.
+        bucket_mb: at most so many MB of gradients travel in one message, no more than 4 over shm and symm_mem, and
+            2 over a slow link.
         timeout: seconds (or timedelta) after which a silent rank is an error; 300 by default.
         reduce_dtype: dtype in which gradients travel, such as torch.bfloat16; by default their own. Sums are in fp32.
         model: with the collective transport, step() returns while the new parameters are still on their way, and each
@@ -191,8 +189,8 @@ class ShardedAdam(Adam):
             return
         wires = [self._reduce_dtype or getattr(param, "grad_dtype", None) or param.dtype for param in new]
         limit = self._bucket_bytes
-        if self.transport().in_place:
-            limit = min(limit, _IN_PLACE_BUCKET_BYTES)
+        if (useful := self.transport().bucket_bytes) is not None:
+            limit = min(limit, useful)
         generation = Generation(new, wires, self.world, self.rank, limit)
         self._member |= dict.fromkeys(new, len(self._generations))
         self._generations.append(generation)
