@@ -24,20 +24,27 @@ from . import kernels  # noqa: E402
 from .optim import Adam, AdamW, ShardedAdam, ShardedAdamW  # noqa: E402
 
 __all__ = ["Adam", "AdamW", "ShardedAdam", "ShardedAdamW", "__version__", "kernels"]
-__all__ += ["load_checkpoint", "save_checkpoint"]
+__all__ += ["clip_grad_norm_", "init_mesh", "load_checkpoint", "save_checkpoint", "tp"]
 
 # Imported when first asked for: torch.distributed.checkpoint alone takes longer than all else here.
-_LATER = {"load_checkpoint": "checkpoint", "save_checkpoint": "checkpoint"}
+_LATER = {
+    "clip_grad_norm_": "mesh",
+    "init_mesh": "mesh",
+    "load_checkpoint": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "tp": "tp",
+}
 
 # Public names that are decided and not there yet: asking for one is an error that says so.
-_PLANNED = {"fully_shard", "tp", "pp", "init_mesh", "clip_grad_norm_"}
+_PLANNED = {"fully_shard", "pp"}
 
 
 def __getattr__(name: str) -> object:
     if name in _LATER:
         import importlib
 
-        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+        module = importlib.import_module(f".{_LATER[name]}", __name__)
+        return module if name == _LATER[name] else getattr(module, name)
     if name in _PLANNED:
         there = ", ".join(__all__)
         raise AttributeError(f"pyshard.{name} is not built yet in version {__version__}; there are: {there}")
