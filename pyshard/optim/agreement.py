@@ -10,12 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._version import __version__
+from ..placement import tensor_shard
 
 Items = list[tuple[str, Any]]
 
 
-def describe(who: str, options: dict[str, Any], groups: list[dict[str, Any]]) -> Items:
-    """(what, value) of everything that must be the same on all ranks, the most general first."""
+def describe(who: str, options: dict[str, Any], groups: list[dict[str, Any]], whole: bool = False) -> Items:
+    """(what, value) of everything that must be the same on all ranks, the most general first.
+
+    `whole`: of the parameters of which ranks hold parts, what is the same for all parts.
+    """
     items: Items = [
         ("the optimizer", who),
         ("the version of pyshard", __version__),
@@ -38,9 +42,21 @@ def describe(who: str, options: dict[str, Any], groups: list[dict[str, Any]]) ->
         for param in group["params"]:
             kind = "trained" if param.requires_grad else "frozen"
             dtype = str(param.dtype).removeprefix("torch.")
-            items.append((f"parameter {position}", f"{dtype} {tuple(param.shape)} {param.device.type}, {kind}"))
+            shape = _shape(param, whole)
+            items.append((f"parameter {position}", f"{dtype} {shape} {param.device.type}, {kind}"))
             position += 1
     return items
+
+
+def _shape(param: Tensor, whole: bool) -> str:
+    """The shape of a parameter, and of what it is a part."""
+    shard = tensor_shard(param)
+    if shard is None or shard.dim is None or len(shard.pieces) == 1:
+        return f"{tuple(param.shape)}"
+    part = f"{shard.shape} cut along {shard.dim}"
+    if whole:
+        return f"{part} into {shard.pieces}"
+    return f"{tuple(param.shape)}, part {shard.rank} of {part} over {len(shard.pieces)} ranks"
 
 
 def _plain(value: Any) -> Any:
