@@ -69,6 +69,31 @@ def raise_flags(buffers, offset, value, me, world):
 
 
 @triton.jit
+def await_flag(flag, value, peer, begin, state, abort, limit):
+    """Waits until a flag, which `peer` raises, is at least `value`. Returns 0, or who has failed and how."""
+    failure = tl.zeros((), tl.int64)
+    seen = read(flag)
+    while (seen < value) & (failure == 0):
+        gone = read(abort)
+        late = clock(state) - begin > limit
+        seen = read(flag)
+        if gone != 0:
+            failure = gone + ABORTED
+        elif late & (seen < value):
+            failure = failure + (peer + 1)
+    return failure
+
+
+@triton.jit
+def report(failure, operation, state):
+    """Lets the kernels after this one and the host know of a failure; returns the word FAILED."""
+    failure = failure + (operation.to(tl.int64) << OPERATION)
+    tl.store(state + FAILED, failure)
+    tl.store(at(tl.load(state + REPORT)), failure)
+    return failure
+
+
+@triton.jit
 def await_flags(buffers, offset, value, me, world, state, limit, operation):
     """Waits until each peer's flag here is at least `value`. Returns 0, or what went wrong now or before."""
     failure = tl.load(state + FAILED)
@@ -77,20 +102,10 @@ def await_flags(buffers, offset, value, me, world, state, limit, operation):
         flags = at(tl.load(buffers + me) + offset)
         begin = clock(state)
         for peer in range(world):
-            if peer != me:
-                seen = read(flags + peer)
-                while (seen < value) & (failure == 0):
-                    gone = read(abort)
-                    late = clock(state) - begin > limit
-                    seen = read(flags + peer)
-                    if gone != 0:
-                        failure = gone + ABORTED
-                    elif late & (seen < value):
-                        failure = failure + (peer + 1)
+            if (peer != me) & (failure == 0):
+                failure = await_flag(flags + peer, value, peer, begin, state, abort, limit)
         if failure != 0:
-            failure = failure + (operation.to(tl.int64) << OPERATION)
-            tl.store(state + FAILED, failure)
-            tl.store(at(tl.load(state + REPORT)), failure)
+            failure = report(failure, operation, state)
         tl.debug_barrier()
     return failure
 
