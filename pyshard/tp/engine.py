@@ -1,0 +1,370 @@
+"""The four computations of tensor-parallel linear layers, each overlapped with its communication; no autograd.
+
+Tensors are [outer, rows, columns]: rows are what is gathered or scattered. Which transport and how many chunks serve a
+call is decided here, once for each shape, and kept for explain().
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import blocking
+from .choose import Choice, Shape, choose, pack_times
+from .matmul import bias_gradient, input_gradient, matmul_into, weight_gradient
+from .workspace import TRANSPORTS, Compute, Gather, Scatter, Total, Workspace
+
+_TIMEOUT = 300.0  # seconds
+
+_settings: dict[str, Settings] = {}  # by name of the group
+_workspaces: dict[str, Workspace] = {}
+_choices: dict[str, dict[Shape, Choice]] = {}
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one group; see configure()."""
+
+    transport: str = "auto"
+    timeout: float = _TIMEOUT
+    chunks: int | None = None
+
+
+def configure(
+    group: dist.ProcessGroup, *, transport: str = "auto", timeout: float = _TIMEOUT, chunks: int | None = None
+) -> None:
+    """Sets how the tensor-parallel matmuls of a group communicate; all ranks of the group call it alike.
+
+    What the group used before is closed; the next call takes the new transport.
+
+    Args:
+        transport: "shm" (CPU ranks on one host read each other's memory), "ring" (messages in chunks over gloo or
+            NCCL), "symm_mem" (GPUs with access to each other's memory), "blocking" (plain collectives, nothing
+            overlapped), or "auto": the fastest that serves the group; explain() says which, and why.
+        timeout: seconds after which a rank that does not answer is a pyshard.comm.PeerError.
+        chunks: into how many parts every transfer is cut; 0: no overlap; None: chosen for each shape from a
+            measurement in its first call.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+    if transport not in TRANSPORTS:
+        raise ValueError(f"pyshard.tp.configure: transport is {transport!r}; expected one of {', '.join(TRANSPORTS)}")
+    if not timeout > 0:
+        raise ValueError(f"pyshard.tp.configure: timeout is {timeout!r}; expected seconds above 0, such as 300")
+    if chunks is not None and (not isinstance(chunks, int) or chunks < 0):
+        raise ValueError(f"pyshard.tp.configure: chunks is {chunks!r}; expected a number from 0 on, or None")
+    close(group)
+    _settings[group.group_name] = Settings(transport, float(timeout), chunks)
+
+
+def close(group: dist.ProcessGroup) -> None:
+    """Gives back memory and connections of a group; harmless when repeated. The next call makes them again."""
+    with _lock:
+        space = _workspaces.pop(group.group_name, None)
+        _choices.pop(group.group_name, None)
+        _settings.pop(group.group_name, None)
+        if space is not None:
+            space.close()
+
+
+def workspace(group: dist.ProcessGroup, device: torch.device) -> Workspace:
+    """Of a group, made at the first call, which all ranks come to together."""
+    with _lock:
+        space = _workspaces.get(group.group_name)
+        if space is not None and space.group is not group:  # a group that was destroyed had this name
+            close(space.group)
+            space = None
+        if space is None:
+            settings = _settings.get(group.group_name, Settings())
+            space = _workspaces[group.group_name] = Workspace(group, settings.transport, device, settings.timeout)
+            _choices[group.group_name] = {}
+        return space
+
+
+def explain(group: dist.ProcessGroup) -> str:
+    """Which transport the group uses, and for each shape how its call is overlapped, with the measurement behind it."""
+    space = _workspaces.get(group.group_name)
+    if space is None:
+        return "no tensor-parallel call yet"
+    lines = [f"transport {space.name}: {space.why}; {space.nbytes / 2**20:.1f} MB of slots on this rank"]
+    for shape, choice in _choices[group.group_name].items():
+        how = f"overlapped, {choice.chunks} chunks" if choice.chunks else "not overlapped"
+        lines.append(f"  {shape.kind} {shape}: {how} ({choice.why})")
+    return "\n".join(lines)
+
+
+def column_forward(
+    space: Workspace,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sizes: Sequence[int],
+) -> list[Tensor]:
+    """Rows of all ranks times each weight.
+
+    Args:
+        x: [outer, sizes[rank], D].
+        weights: [F_i, D] each; biases: [F_i] or None.
+
+    Returns:
+        [outer, sum(sizes), F_i] each.
+    """
+    if space.transport is None:
+        return _linears(blocking.all_gather(x, 1, sizes, space.group), weights, biases)
+    name = "all-gather and matmul"
+    shape = _shape("gather", x.shape[0], sizes, x.shape[2], weights, x.dtype)
+    choice = _choice(space, shape)
+    with _telling(space, name):
+        if choice is None or choice.chunks == 0:
+            start = _start(space, name, choice is None)
+            whole = Gather(space, x, sizes, 1, name).whole()
+            transfer = _seconds(start, x)
+            outs = _linears(whole, weights, biases)
+            if choice is None:
+                _measured(space, shape, _time(lambda: _linears(whole, weights, biases), x), transfer)
+            return outs
+        outs = [x.new_empty(x.shape[0], sum(sizes), weight.shape[0]) for weight in weights]
+        for begin, rows in Gather(space, x, sizes, choice.chunks, name):
+            for weight, bias, out in zip(weights, biases, outs, strict=True):
+                matmul_into(rows, weight, out[:, begin : begin + rows.shape[1]], bias)
+        return outs
+
+
+def column_backward(
+    space: Workspace,
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    sizes: Sequence[int],
+    gathered: bool,
+    need_x: bool,
+    need_weights: Sequence[bool],
+    buffers: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of x, summed over ranks, and of the weights.
+
+    x is gathered while the gradient of the whole x is computed, and the sums travel while those of the weights are.
+
+    Args:
+        grads: [outer, all rows, F_i] each.
+        x: this rank's rows if gathered, else all rows on every rank.
+        buffers: where a weight's gradient is added to, or None.
+    """
+    gather = None
+    if gathered and any(need_weights):
+        if space.transport is None:
+            whole = blocking.all_gather(x, 1, sizes, space.group)
+        else:
+            gather = Gather(space, x, sizes, 1, "gathering the input again")
+    elif not gathered:
+        whole = x
+    found: list[Tensor | None] = [None] * len(weights)
+
+    def gradients_of_weights() -> None:
+        rows = whole if gather is None else gather.whole()
+        for i, (grad, needed) in enumerate(zip(grads, need_weights, strict=True)):
+            if needed:
+                found[i] = weight_gradient(grad, rows, buffers[i])
+
+    def compute(begin: int, end: int, out: Tensor) -> None:
+        input_gradient([grad[:, begin:end] for grad in grads], weights, out)
+
+    between = gradients_of_weights if any(need_weights) else None
+    if not need_x:
+        if between is not None:
+            between()
+        return None, found
+    kind = "scatter" if gathered else "total"
+    columns = sum(weight.shape[0] for weight in weights)
+    shape = Shape(kind, x.shape[0], tuple(sizes), columns, (x.shape[2],), str(x.dtype))
+    return _reduced(space, shape, x.dtype, compute, None, between), found
+
+
+def row_forward(
+    space: Workspace, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int], scattered: bool
+) -> Tensor:
+    """The sum over ranks of x @ weight.T, and the bias: this rank's rows if scattered, else all.
+
+    Args:
+        x: [outer, sum(sizes), D_rank]. weight: [F, D_rank]. bias: [F], the same on all ranks.
+    """
+    shape = _shape("scatter" if scattered else "total", x.shape[0], sizes, x.shape[2], [weight], x.dtype)
+
+    def compute(begin: int, end: int, out: Tensor) -> None:
+        matmul_into(x[:, begin:end], weight, out)
+
+    return _reduced(space, shape, x.dtype, compute, bias, None)
+
+
+def row_backward(
+    space: Workspace,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    scattered: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    buffer: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, the weight and the bias.
+
+    Args:
+        grad: this rank's rows if scattered: they are gathered, and every chunk goes into the gradient of x as it
+            arrives, while the others are on their way.
+    """
+    whole = grad
+    dx = None
+    if scattered and space.transport is None:
+        whole = blocking.all_gather(grad, 1, sizes, space.group)
+    elif scattered:
+        name = "all-gather of the gradient and matmul"
+        shape = Shape("gather", x.shape[0], tuple(sizes), weight.shape[0], (weight.shape[1],), str(x.dtype))
+        choice = _choice(space, shape)
+        with _telling(space, name):
+            if choice is None or choice.chunks == 0:
+                start = _start(space, name, choice is None)
+                whole = Gather(space, grad, sizes, 1, name).whole()
+                transfer = _seconds(start, x)
+                if choice is None:
+                    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+                    out = dx
+                    _measured(space, shape, _time(lambda: input_gradient([whole], [weight], out), x), transfer)
+            else:
+                keep = need_weight or need_bias
+                whole = grad.new_empty(x.shape[0], x.shape[1], grad.shape[2]) if keep else grad
+                dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+                for begin, rows in Gather(space, grad, sizes, choice.chunks, name):
+                    end = begin + rows.shape[1]
+                    if dx is not None:
+                        input_gradient([rows], [weight], dx[:, begin:end])
+                    if keep:
+                        whole[:, begin:end] = rows
+    if need_x and dx is None:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        input_gradient([whole], [weight], dx)
+    dw = weight_gradient(whole, x, buffer) if need_weight else None
+    return dx if need_x else None, dw, bias_gradient(whole) if need_bias else None
+
+
+def _reduced(
+    space: Workspace,
+    shape: Shape,
+    dtype: torch.dtype,
+    compute: Compute,
+    bias: Tensor | None,
+    between: Callable[[], None] | None,
+) -> Tensor:
+    """The sum over ranks of what compute() writes; between() runs while the last parts are on their way."""
+    whole = sum(shape.sizes)
+    (columns,) = shape.outputs
+
+    def all_rows() -> Tensor:
+        out = torch.empty(shape.outer, whole, columns, dtype=dtype, device=space.device)
+        compute(0, whole, out)
+        return out
+
+    if space.transport is None:
+        partial = all_rows()
+        if shape.kind == "scatter":
+            result = blocking.reduce_scatter(partial, 1, shape.sizes, space.group, bias)
+        else:
+            result = blocking.all_reduce(partial, space.group, bias)
+        if between is not None:
+            between()
+        return result
+    name = "matmul and reduce-scatter" if shape.kind == "scatter" else "matmul and all-reduce"
+    make = Scatter if shape.kind == "scatter" else Total
+    choice = _choice(space, shape)
+    with _telling(space, name):
+        if choice is not None and choice.chunks:
+            sums = make(space, shape.outer, shape.sizes, columns, dtype, choice.chunks, name)
+            sums.run(compute)
+            if between is not None:
+                between()
+            return sums.result(bias)
+        partial = all_rows()
+        matmul = _time(all_rows, partial) if choice is None else 0.0
+        start = _start(space, name, choice is None)
+        sums = make(space, shape.outer, shape.sizes, columns, dtype, 1, name)
+        sums.run(lambda begin, end, out: out.copy_(partial[:, begin:end]))  # type: ignore[func-returns-value]
+        if between is not None and choice is not None:
+            between()
+        result = sums.result(bias)
+        if choice is None:
+            _measured(space, shape, matmul, _seconds(start, partial))
+            if between is not None:
+                between()
+        return result
+
+
+def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def _shape(
+    kind: str, outer: int, sizes: Sequence[int], inputs: int, weights: Sequence[Tensor], dtype: torch.dtype
+) -> Shape:
+    return Shape(kind, outer, tuple(sizes), inputs, tuple(weight.shape[0] for weight in weights), str(dtype))
+
+
+def _choice(space: Workspace, shape: Shape) -> Choice | None:
+    """What was chosen for the shape; None: it is to be measured now."""
+    forced = _settings.get(space.group.group_name, Settings()).chunks
+    known = _choices[space.group.group_name]
+    if shape not in known and forced is not None:
+        known[shape] = Choice(min(forced, space.slots), 0.0, 0.0, {})
+    return known.get(shape)
+
+
+def _measured(space: Workspace, shape: Shape, matmul: float, transfer: float) -> None:
+    told = space.exchange(pack_times(matmul, transfer), f"choosing how to overlap {shape.kind}")
+    chosen = choose(shape.kind, space.name, space.world, space.slots, told)
+    _choices[space.group.group_name][shape] = chosen
+
+
+def _start(space: Workspace, name: str, measuring: bool) -> float:
+    """Now, when all ranks are here: a rank that comes late is not what a link costs."""
+    if measuring:
+        space.exchange(b"", f"measuring {name}")
+        _settle(space.device)
+    return time.perf_counter()
+
+
+def _seconds(start: float, x: Tensor) -> float:
+    _settle(x.device)
+    return time.perf_counter() - start
+
+
+def _time(call: Callable[[], object], x: Tensor) -> float:
+    """Seconds of a call, the second of two: the first one may prepare kernels."""
+    call()
+    _settle(x.device)
+    start = time.perf_counter()
+    call()
+    return _seconds(start, x)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _telling(space: Workspace, name: str) -> Iterator[None]:
+    """An error in the middle of a call ends what the other ranks wait for."""
+    try:
+        yield
+    except Exception as error:
+        space.abort(f"in {name}: {type(error).__name__}: {error}")
+        raise
