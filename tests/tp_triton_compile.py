@@ -36,14 +36,15 @@ _CODES = {"fp32": 0, "bf16": 1, "fp16": 2}
 
 @dataclass(frozen=True)
 class Request:
-    """A kernel as the launcher specializes it for dense tensors of even sizes, or of sizes that fit nothing."""
+    """A kernel as the launcher specializes it for shapes of a kind."""
 
     kernel: str
     arch: int
     dtype: str
     world: int
     tiles: Mapping[str, int]  # kernels.triton_tp.Tiles
-    even: bool = True
+    even: bool = True  # sizes are multiples of the tiles'
+    aligned: bool = True  # rows begin at multiples of 16 bytes
     bias: bool = True
     transposed: bool = False  # w is [K, N] in memory
 
@@ -65,10 +66,10 @@ def compile_all(requests: Mapping[str, Request]) -> dict[str, Compiled]:
 
 def _constants(request: Request, names: set[str]) -> dict[str, int | bool | None]:
     """By name, of those that the kernel has."""
-    tiles, even = request.tiles, request.even
+    tiles, aligned = request.tiles, request.aligned
     constants: dict[str, int | bool | None] = {
         **{"DTYPE": _CODES[request.dtype], "WORLD": request.world, "SOURCES": request.world},
-        **{"EVEN": even, "ALIGNED": even, "OUT_ALIGNED": even, "GROUP": tiles["band"]},
+        **{"EVEN": request.even, "ALIGNED": aligned, "OUT_ALIGNED": aligned, "GROUP": tiles["band"]},
         **{"BLOCK_M": tiles["m"], "BLOCK_N": tiles["n"], "BLOCK_K": tiles["k"], "BLOCK": 1024},
     }
     if not request.bias:
@@ -94,7 +95,7 @@ def _compile(request: Request) -> Compiled:
     constants = _constants(request, set(names))
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in names}
-    aligned = ["x", "w", "bias", "out", *(["n", "N", "K", "stride_n", "stride_k"] if request.even else [])]
+    aligned = ["x", "w", "bias", "out", *(["n", "N", "K", "stride_n", "stride_k"] if request.aligned else [])]
     source = ASTSource(
         fn=fn,
         signature=signature,
@@ -102,8 +103,7 @@ def _compile(request: Request) -> Compiled:
         attrs={(names.index(k),): [["tt.divisibility", 16]] for k in aligned if k in names and k not in constants},
     )
     tiles = request.tiles
-    warps = tiles["warps"] if "matmul_kernel" in function or "scatter_kernel" in function else 8
-    options = {"num_warps": warps, "num_stages": tiles["stages"], "enable_fp_fusion": False}
+    options = {"num_warps": tiles["warps"], "num_stages": tiles["stages"], "enable_fp_fusion": False}
     kernel = triton.compile(source, target=GPUTarget("cuda", request.arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
