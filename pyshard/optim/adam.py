@@ -12,11 +12,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from ..comm import PeerError
 from ..kernels.launch import HostLaunch, Launch
 from ..kernels.reference import clip_coefficient
-from . import explain, state
+from . import explain, sharded_state, state, tensor_ranks
 from .arguments import Options, check_group, rate, values
+from .flat_shard import wants_full_tensors
 from .plan import Plan, make_plan, named_params
+from .tensor_ranks import TensorRanks
 
 
 class Adam(Optimizer):
@@ -35,7 +38,8 @@ class Adam(Optimizer):
     Args:
         params: parameters, dicts of groups, or (name, parameter) pairs, as torch.optim takes them. fp32, bf16, fp16
             (C++ or Triton or CUDA kernels) or fp64 (the reference path); any layout without shared elements.
-            DTensors are updated through their local shards.
+            DTensors are updated through their local shards. Of parameters that are cut over a tensor-parallel group
+            (pyshard.tp) each rank updates its part; their norm and GradScaler's inf are those of the whole group.
         lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in torch.optim. lr may be a tensor.
             capturable keeps step counts, lr and the non-finite flag on the GPU: a step never waits for the device
             and can be captured in a CUDA graph.
@@ -102,12 +106,15 @@ class Adam(Optimizer):
         super().__init__(params, defaults)
         if fused:
             self._step_supports_amp_scaling = True
+        self._find_tensor_ranks()
 
     def _reset(self) -> None:
         """Forgets all that is derived from parameters and state; the next step looks at them again."""
         self._plan: Plan | None = None
         self._checked: list[tuple[Any, ...]] = []  # hyperparameters
         self._groups: list[list[float]] = []
+        self._tensor_ranks: TensorRanks | None = getattr(self, "_tensor_ranks", None)
+        self._inf_elsewhere = False  # what another rank's GradScaler has found in this step
         self._grad_norm: float | Tensor | None = None
         self._skipped = 0  # by the host; the controls count those that a device has skipped
         self._controls: dict[tuple[Any, ...], Tensor] = {}
@@ -128,6 +135,7 @@ class Adam(Optimizer):
         Raises:
             FloatingPointError: nonfinite="raise" and a gradient holds inf or NaN.
             ValueError, TypeError, RuntimeError: parameters, gradients or state that cannot be used.
+            pyshard.comm.PeerError: with tensor-parallel parameters: another rank is lost or has failed.
         """
         loss = None
         if closure is not None:
@@ -146,6 +154,30 @@ class Adam(Optimizer):
         self._update()
 
     def _update(self) -> None:
+        if self._plan is None:
+            self._find_tensor_ranks()
+        ranks = self._tensor_ranks
+        if ranks is None:
+            return self._update_here()
+        self._inf_elsewhere = False
+        ranks.said = not ranks.due(self)
+        try:
+            self._update_here()
+        except BaseException as error:
+            ranks.fail(error)  # the others wait
+            raise
+
+    def _find_tensor_ranks(self) -> None:
+        """Looks which ranks hold the other parts of the parameters, and stays with those that it has found before."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        found = tensor_ranks.find(f"pyshard.{type(self).__name__}", params, getattr(self, "_seconds", None))
+        known = self._tensor_ranks
+        if found is None or known is None or found.ranks != known.ranks:
+            self._tensor_ranks = found
+        if found is not None:
+            self._step_supports_amp_scaling = True  # or GradScaler would leave out step() on some ranks only
+
+    def _update_here(self) -> None:
         groups = self._hyperparameters()
         plan, before = self._plan, None
         if plan is None or not plan.refresh(self):
@@ -158,27 +190,45 @@ class Adam(Optimizer):
                 raise
         try:
             if all(type(launch) is HostLaunch for launch in plan.launches):
-                self._step_on_host(plan.launches, groups)  # type: ignore[arg-type]
+                self._step_on_host(plan, groups)
             else:
                 from ..kernels.device import step_on_device
 
+                ranks = self._tensor_ranks
+                if ranks is not None and not ranks.said:
+                    found_inf = self._amp_scale()[1]
+                    self._inf_elsewhere = ranks.hear(self, self._present(), found_inf=found_inf).found_inf
+                elif ranks is not None:
+                    tensor_ranks.agree_on_device(self, ranks)
                 step_on_device(self, plan.launches, groups)
-        except FloatingPointError:
+        except (FloatingPointError, ValueError, PeerError):  # none of which comes once anything is updated
             if before is not None:
                 state.restore(self.state, before)
                 self._plan = None
             raise
 
-    def _step_on_host(self, launches: list[HostLaunch], groups: list[list[float]]) -> None:
+    def _present(self) -> list[int]:
+        """Which parameters have a gradient."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return [index for index, param in enumerate(params) if param.grad is not None]
+
+    def _step_on_host(self, plan: Plan, groups: list[list[float]]) -> None:
+        launches: list[HostLaunch] = plan.launches  # type: ignore[assignment]  # all of them are
         scale, found_inf = self._amp_scale()
+        options, ranks, whole, cut = self.options, self._tensor_ranks, 0.0, 0.0
+        if not found_inf:
+            for launch in launches:
+                launch.gather()
+            if options.needs_norm():
+                whole = sum(launch.square_sum() for launch in launches if launch not in plan.cut)
+                cut = sum(launch.square_sum() for launch in launches if launch in plan.cut)
+        total = whole + cut
+        if ranks is not None and not ranks.said:
+            found_inf, total = ranks.hear(self, self._present(), whole, cut, found_inf)
         if found_inf:
             self._skipped += 1
             return
-        for launch in launches:
-            launch.gather()
-        options = self.options
         if options.needs_norm():
-            total = sum(launch.square_sum() for launch in launches)
             norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
             if options.nonfinite == "raise" and not math.isfinite(total):
                 raise FloatingPointError(self._nonfinite_message(launches))
@@ -206,7 +256,7 @@ class Adam(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-        return scale, found_inf is not None and float(found_inf) != 0.0
+        return scale, self._inf_elsewhere or (found_inf is not None and float(found_inf) != 0.0)
 
     def _hyperparameters(self) -> list[list[float]]:
         """(lr, beta1, beta2, eps, weight_decay, sign, decoupled) of each group, checked when they change."""
@@ -260,14 +310,26 @@ class Adam(Optimizer):
             check_group(f"pyshard.{type(self).__name__}", {**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._plan = None
+        if self._tensor_ranks is not None:
+            self._tensor_ranks.compared = False
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state_dict; split weights appear as a plain fp32 `master` per parameter."""
+        """torch's state_dict; split weights appear as a plain fp32 `master` per parameter.
+
+        State of parameters that are cut over tensor-parallel ranks appears as FlatShards: tensors that look like the
+        whole and hold this rank's part, which torch.distributed.checkpoint saves and loads at any number of ranks.
+        """
         hook = self.register_state_dict_post_hook(_save_masters, prepend=True)
         try:
-            return super().state_dict()
+            found = super().state_dict()
         finally:
             hook.remove()
+        cut = self._tensor_ranks is not None
+        return sharded_state.gathered(self, found) if cut and wants_full_tensors() else found
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """torch's state_dict with whole tensors, the same on all tensor-parallel ranks, which all call this."""
+        return sharded_state.gathered(self, self.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class or of torch.optim's; moments and masters are kept in fp32.

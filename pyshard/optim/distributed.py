@@ -1,4 +1,4 @@
-"""DTensor parameters (tensor parallel layers, FSDP2): what their placements mean for a step.
+"""DTensor parameters (FSDP2, torch's tensor parallel layers) and cut ones: what their placements mean for a step.
 
 A step updates local shards, which needs no communication. Only what concerns all gradients does: their norm, and
 whether one of them is not finite. The sums of squares travel over the mesh dimensions along which parameters are cut
@@ -6,17 +6,21 @@ whether one of them is not finite. The sums of squares travel over the mesh dime
 parameters count once: their gradients are the same on all ranks already.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..kernels.launch import is_dtensor
+from .rectangles import cut_of
+
+if TYPE_CHECKING:
+    from .tensor_ranks import TensorRanks
 
 
-def shard_groups(param: Tensor) -> tuple[Any, ...]:
+def shard_groups(param: Tensor, tensor_ranks: "TensorRanks | None" = None) -> tuple[Any, ...]:
     """The process groups over which the parameter's shards are spread; empty for a whole one."""
     if not is_dtensor(param):
-        return ()
+        return () if tensor_ranks is None or cut_of(param) is None else (tensor_ranks.group,)
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
     return tuple(mesh.get_group(i) for i in sharded)

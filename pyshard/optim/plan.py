@@ -40,8 +40,9 @@ def named_params(groups: list[dict[str, Any]]) -> Iterator[tuple[int, str, Tenso
 class Plan:
     """The launches of an optimizer, and whether they still fit it."""
 
-    def __init__(self, launches: list[Launch], group_switches: list[tuple[bool, bool, bool]]):
+    def __init__(self, launches: list[Launch], cut: list[Launch], group_switches: list[tuple[bool, bool, bool]]):
         self.launches = launches
+        self.cut = cut  # those on the host of parameters of which tensor-parallel ranks hold parts
         self.group_switches = group_switches
 
     def refresh(self, optimizer: "Adam") -> bool:
@@ -89,16 +90,28 @@ def make_plan(optimizer: "Adam") -> Plan:
         group = groups[item.group]
         capturable = bool(group["capturable"]) and item.backend.on_device
         entry = _entry(optimizer, item, group, capturable)
-        key = (item.backend, entry.local.device, capturable, distributed.shard_groups(item.param))
+        key = (
+            item.backend,
+            entry.local.device,
+            capturable,
+            distributed.shard_groups(item.param, optimizer._tensor_ranks),
+        )
         by_launch.setdefault(key, []).append(entry)
     launches: list[Launch] = []
+    cut: list[Launch] = []
+    ranks = optimizer._tensor_ranks
     for key, entries in by_launch.items():
         launches.append(launch(optimizer, key, entries, [] if launches else idle))
+        if ranks is not None and ranks.group in key[-1]:
+            cut.append(launches[-1])
+    if all(type(one) is HostLaunch for one in launches):
+        for one in cut:
+            one.shards = ()  # the optimizer itself sums up over ranks, and hears their errors
     if not launches:
         launches.append(HostLaunch("cpu", torch.device("cpu"), [], idle))
     for each in launches:
         each.table.seal(groups, state)
-    return Plan(launches, [switches(group) for group in groups])
+    return Plan(launches, cut, [switches(group) for group in groups])
 
 
 def launch(optimizer: "Adam", key: tuple[Any, ...], entries: list[Entry], idle: list[Tensor]) -> Launch:

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from ..comm import PeerError, Transport
-from ..comm.choose import CHOICES, choose, fall_back
+from ..comm.choose import choose, fall_back
 from ..kernels import checks, registry
-from ..kernels.launch import is_dtensor
 from . import agreement, sharded_explain, sharded_state
 from .adam import Adam
 from .flat_shard import wants_full_tensors
 from .forward import Gathering
 from .plan import named_params
 from .reducer import SLOTS, InPlace, Reducer
+from .sharded_arguments import TIMEOUT, check_arguments, check_shardable, ranks_of, tell_failure
 from .sharded_step import Kind, begin, block_order, end_of_backward, finish_rounds, hear_all, step_on_ranks
 from .shards import Generation, Shard
+from .tensor_ranks import Disagreement, check_group
 from .witness import Witness
-
-_TIMEOUT = 300.0  # seconds
 
 
 class ShardedAdam(Adam):
@@ -50,7 +49,8 @@ class ShardedAdam(Adam):
             they are sent to their owners while backward runs, .grad is None afterwards, and step() uses them up. (While
             a GradScaler is in use, and before the first step, .grad of one small parameter says for it whether all are
             finite.)
-        process_group: the ranks; None is the default group.
+        process_group: the ranks; None is the default group. With tensor-parallel parameters (pyshard.tp): those that
+            hold the same parts, mesh["dp"].get_group(); norm and skipped steps are agreed with the other ones.
         transport: "shm" (CPU tensors, one host), "symm_mem" (GPUs with peer access), "collective" (gloo or NCCL, any
             hosts), or "auto"; explain() says what was chosen and why.
         bucket_mb: at most so many MB of gradients travel in one message, no more than 4 over shm and symm_mem, and
@@ -87,13 +87,13 @@ class ShardedAdam(Adam):
     ):
         who = f"pyshard.{type(self).__name__}"
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        _check_arguments(who, stage, transport, bucket_mb, seconds, reduce_dtype)
+        check_arguments(who, stage, transport, bucket_mb, seconds, reduce_dtype)
         self.stage = stage
         self.process_group = process_group
-        self.world, self.rank, self.ranks = _ranks(who, process_group)
+        self.world, self.rank, self.ranks = ranks_of(who, process_group)
         self._asked_for = transport
         self._bucket_bytes = max(int(bucket_mb * (1 << 20)), 1)
-        self._seconds = _TIMEOUT if seconds is None else float(seconds)
+        self._seconds = TIMEOUT if seconds is None else float(seconds)
         self._reduce_dtype = reduce_dtype
         self._transport: Transport | None = None
         self._generations: list[Generation] = []
@@ -106,11 +106,13 @@ class ShardedAdam(Adam):
         self._gathering: Gathering | None = None
         self._quiet = False  # inside no_sync()
         self._built = False
+        self._block_kinds: list[Tensor] = []  # with tensor-parallel parameters: places of whole ones' and cut ones'
+        params = params if isinstance(params, Tensor) else list(params)  # type: ignore[assignment]  # one of its kinds
         try:
             super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **adam)
         except Exception as error:
             if self.world > 1:  # the others wait to hear of this rank
-                agreement.check(who, process_group, self.ranks, [], error)
+                tell_failure(who, self, params, error)
             raise
         self._built = True
         if self.world > 1:
@@ -138,12 +140,14 @@ class ShardedAdam(Adam):
         problem = None
         try:
             for _, name, param in named_params(self.param_groups):
-                _check_shardable(who, name, param)
+                check_shardable(who, name, param)
             if any(group["capturable"] for group in self.param_groups):
                 raise ValueError(
                     f"{who}: capturable=True; expected False, since a step waits for other ranks on the host. "
                     "Leave the argument out."
                 )
+            self._find_tensor_ranks()
+            check_group(who, self._tensor_ranks, self.ranks)
         except (TypeError, ValueError) as error:
             problem = error
         settings = {
@@ -156,7 +160,14 @@ class ShardedAdam(Adam):
             "the number of ranks": self.world,
         }
         items = agreement.describe(who, settings, self.param_groups)
-        agreement.check(who, self.process_group, self.ranks, items, problem)
+        try:
+            agreement.check(who, self.process_group, self.ranks, items, problem)
+        except (TypeError, ValueError) as error:
+            if self._tensor_ranks is not None:
+                self._tensor_ranks.compare(self, error)
+            raise
+        if self._tensor_ranks is not None:
+            self._tensor_ranks.compare(self)
         params = [param for group in self.param_groups[first:] for param in group["params"]]
         agreement.broadcast(params, self.process_group, self.ranks[0])
         self._index = {param: i for i, (_, _, param) in enumerate(named_params(self.param_groups))}
@@ -283,6 +294,18 @@ class ShardedAdam(Adam):
     def _update(self) -> None:
         if self.world == 1:
             return super()._update()
+        ranks = self._tensor_ranks
+        if ranks is None:
+            return self._update_sharded()
+        self._inf_elsewhere = False
+        ranks.said = not ranks.due(self)
+        try:
+            self._update_sharded()
+        except BaseException as error:
+            ranks.fail(error)  # the others wait
+            raise
+
+    def _update_sharded(self) -> None:
         self._lay_out()
         self.synchronize()
         problem: Exception | None = None
@@ -303,7 +326,7 @@ class ShardedAdam(Adam):
                 self._set_up()
                 self._bind()
                 news = begin(self, None)
-            everywhere = (PeerError, FloatingPointError)
+            everywhere = (PeerError, FloatingPointError, Disagreement)
             step_on_ranks(self, self._groups, news)
         except BaseException as error:
             if not isinstance(error, everywhere):  # the others wait
@@ -324,7 +347,8 @@ class ShardedAdam(Adam):
 
     def _block_order(self, present: tuple[bytes, ...]) -> list[Tensor]:
         if present not in self._block_orders:
-            self._block_orders = {present: block_order(self, present)}  # the last one: it seldom changes
+            self._block_orders = {}  # the last one alone is kept: it seldom changes
+            self._block_orders[present], self._block_kinds = block_order(self, present)
         return self._block_orders[present]
 
     def _backend_of(self, shard: Shard) -> registry.Backend:
@@ -360,7 +384,7 @@ class ShardedAdam(Adam):
         return sharded_state.gathered(self, found) if self.world > 1 and wants_full_tensors() else found
 
     def full_state_dict(self) -> dict[str, Any]:
-        """torch's state_dict with whole tensors, the same on all ranks, which all call this."""
+        """torch's state_dict with whole tensors, the same on all ranks, tensor-parallel ones too; all call this."""
         return sharded_state.gathered(self, self.state_dict())
 
     def _kept_state(self, param: Tensor, loaded: dict[str, Any], capturable: bool) -> dict[str, Any]:
@@ -371,7 +395,8 @@ class ShardedAdam(Adam):
     def _saved_state(self, param: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
         if self.world == 1:
             return super()._saved_state(param, kept)
-        return sharded_state.saved(param, kept, self.run_of(param))
+        ours = self._tensor_ranks is None or self._tensor_ranks.rank == 0
+        return sharded_state.saved(param, kept, self.run_of(param), ours)
 
     def _check_loaded(self, who: str, name: str, param: Tensor, loaded: dict[str, Any]) -> None:
         if self.world == 1:
@@ -405,44 +430,3 @@ class ShardedAdamW(ShardedAdam):
         **options: Any,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
-
-
-def _ranks(who: str, group: dist.ProcessGroup | None) -> tuple[int, int, list[int]]:
-    """Number of ranks, this one's place among them, and the global rank of each."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if group is not None:
-            raise ValueError(f"{who}: process_group is given, but torch.distributed is not initialized.")
-        return 1, 0, [0]
-    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    if dist.get_rank() not in ranks:
-        raise ValueError(
-            f"{who}: rank {dist.get_rank()} is not in the process group of ranks {ranks}; expected only its members to "
-            "make the optimizer."
-        )
-    return len(ranks), ranks.index(dist.get_rank()), ranks
-
-
-def _check_arguments(
-    who: str, stage: int, transport: str, bucket_mb: float, seconds: object, reduce_dtype: object
-) -> None:
-    if stage not in (1, 2):
-        raise ValueError(f"{who}: stage={stage!r}; expected 1 or 2. To cut the weights too, use torch's fully_shard.")
-    if transport not in CHOICES:
-        raise ValueError(f"{who}: transport={transport!r}; expected one of {', '.join(CHOICES)}.")
-    if not isinstance(bucket_mb, (int, float)) or not 0 < bucket_mb < float("inf"):
-        raise ValueError(f"{who}: bucket_mb={bucket_mb!r}; expected a positive number of MB, such as 25.")
-    if seconds is not None and (not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf")):
-        raise ValueError(f"{who}: timeout={seconds!r}; expected a positive number of seconds, or None for {_TIMEOUT}.")
-    if reduce_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{who}: reduce_dtype={reduce_dtype!r}; expected None, torch.float32, bfloat16 or float16.")
-
-
-def _check_shardable(who: str, name: str, param: Tensor) -> None:
-    if is_dtensor(param):
-        raise TypeError(
-            f"{who}: {name} is a DTensor; expected a whole parameter, the same on all ranks. Use pyshard.AdamW, which "
-            "updates the local shards of DTensors."
-        )
-    if param.dtype == torch.float64:
-        raise TypeError(f"{who}: {name} is float64; expected float32, bfloat16 or float16. Use pyshard.AdamW for it.")
-    checks.check_param(who, name, param)

@@ -11,21 +11,27 @@ from torch import Tensor
 
 from ..kernels import casts
 from ..kernels.reference import in_memory_order
+from ..placement import tensor_shard
 from . import state as states
 from .flat_shard import FlatShard, check_takes, full, take
+from .rectangles import cut_of
 
 if TYPE_CHECKING:
-    from .sharded import ShardedAdam
+    from .adam import Adam
 
 _PARTS = (*states.MOMENTS, "master")
 
 
-def saved(param: Tensor, kept: dict[str, Any], run: tuple[int, int]) -> dict[str, Any]:
-    """The state as a state_dict holds it: FlatShards in fp32, the remainder joined to a master."""
+def saved(param: Tensor, kept: dict[str, Any], run: tuple[int, int], ours: bool = True) -> dict[str, Any]:
+    """The state as a state_dict holds it: FlatShards in fp32, the remainder joined to a master.
+
+    `ours`: False if another tensor-parallel rank saves the state of parameters that are whole on all of them.
+    """
+    ours = ours or cut_of(param) is not None
     out = {key: value for key, value in kept.items() if key != "remainder"}
     if "remainder" in kept:
         out["master"] = casts.join(in_memory_order(param.detach())[run[0] : run[1]], kept["remainder"])
-    return {key: FlatShard(value, param, run[0]) if key in _PARTS else value for key, value in out.items()}
+    return {key: FlatShard(value, param, run[0], saved=ours) if key in _PARTS else value for key, value in out.items()}
 
 
 def kept(param: Tensor, loaded: dict[str, Any], run: tuple[int, int]) -> dict[str, Any]:
@@ -50,15 +56,26 @@ def check_loaded(who: str, name: str, param: Tensor, loaded: dict[str, Any], run
             except ValueError as error:
                 raise ValueError(f"{who}: state {key!r} of {name}: {error}") from error
     # What is left to check of a FlatShard is not of its memory, which is of another shape.
-    whole = {key: param if isinstance(value, FlatShard) else value for key, value in loaded.items()}
+    cut = cut_of(param) is not None
+    if cut:
+        for key in (key for key in _PARTS if key in loaded):
+            try:
+                check_takes(loaded[key], param, *run)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{who}: state {key!r} of {name}: {error}") from error
+    taken = {key for key, value in loaded.items() if isinstance(value, FlatShard) or (cut and key in _PARTS)}
+    whole = {key: param if key in taken else value for key, value in loaded.items()}
     states.check_loaded(who, name, param, whole)
 
 
-def gathered(optimizer: "ShardedAdam", state_dict: dict[str, Any]) -> dict[str, Any]:
+def gathered(optimizer: "Adam", state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state_dict with whole tensors."""
-
-    def whole(value: Any) -> Any:
-        return full(value, optimizer.process_group) if isinstance(value, FlatShard) else value
-
-    found = state_dict["state"]
-    return {**state_dict, "state": {key: {k: whole(v) for k, v in items.items()} for key, items in found.items()}}
+    group, alone = getattr(optimizer, "process_group", None), getattr(optimizer, "world", 1) == 1
+    params = [param for each in optimizer.param_groups for param in each["params"]]
+    found = {key: dict(items) if isinstance(items, dict) else items for key, items in state_dict["state"].items()}
+    # In one order on all ranks, whatever was made or loaded first.
+    for index in sorted(key for key in found if isinstance(key, int)):
+        for key in sorted(found[index]):
+            if isinstance(found[index][key], FlatShard):
+                found[index][key] = full(found[index][key], group, tensor_shard(params[index]), alone)
+    return {**state_dict, "state": found}

@@ -23,9 +23,11 @@ from ..kernels.launch import HostLaunch
 from ..kernels.norm import grad_norm
 from ..kernels.reference import NORM_BLOCK, clip_coefficient
 from . import agreement, state
+from .rectangles import cut_of
 from .reducer import InPlace
 from .sharded_plan import launch_of
 from .shards import Shard
+from .tensor_ranks import Disagreement
 
 if TYPE_CHECKING:
     from .sharded import ShardedAdam
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct("<qqqqdq")  # kind, failed, rounds, found_inf, scale, digest
 _TEXT_BYTES = 4096
 _ALL_GATHER = "all-gather of parameters"
+_NO_BLOCKS = torch.empty(0, dtype=torch.int64)
 
 
 class Kind(IntEnum):
@@ -151,11 +154,12 @@ def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], news: New
     optimizer._witness.watching = getattr(optimizer, "found_inf", None) is not None
     try:
         summed = finish_rounds(optimizer, news)
-        if news.found_inf or optimizer.options.needs_norm() or scaled:
+        others = optimizer._tensor_ranks is not None and not optimizer._tensor_ranks.said
+        if news.found_inf or optimizer.options.needs_norm() or scaled or others:
             _update_together(optimizer, groups, news, list(summed))
         else:
             _update_in_turn(optimizer, groups, news, summed)
-    except FloatingPointError:  # on all ranks, which go on; after any other error no step follows
+    except (FloatingPointError, Disagreement):  # on all ranks, which go on; after any other error no step follows
         _reset(optimizer, news)
         raise
     _reset(optimizer, news)
@@ -182,23 +186,31 @@ def _update_together(
     optimizer: "ShardedAdam", groups: list[list[float]], news: News, summed: list[tuple[Shard, bytes]]
 ) -> None:
     """Looks at all gradients first, and then updates all buckets or none."""
-    options = optimizer.options
-    if news.found_inf:
-        optimizer._skipped += 1
-        return
+    options, ranks, found_inf = optimizer.options, optimizer._tensor_ranks, news.found_inf
+    if found_inf:
+        summed = []
     # In one order, whatever came first: the norm's bits depend on it.
     summed.sort(key=lambda each: optimizer._member[each[0].params[0]] << 32 | each[0].index)
     before = state.snapshot(optimizer.state)
     try:
         launches = [_Launched(optimizer, shard, flags) for shard, flags in summed]
         scale = news.scale / optimizer.world
-        total = _square_sum(optimizer, launches, news)
+        whole, cut = (0.0, 0.0) if found_inf else _square_sums(optimizer, launches, news)
+        total = whole + cut
+        if ranks is not None and not ranks.said:
+            members = [p for generation in optimizer._generations for p in generation.params]
+            there = [optimizer._index[p] for p, flag in zip(members, b"".join(news.present), strict=True) if flag]
+            found_inf, total = ranks.hear(optimizer, sorted(there), whole, cut, found_inf)
         norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
-        if options.nonfinite == "raise" and not math.isfinite(total):
+        if options.nonfinite == "raise" and not found_inf and not math.isfinite(total):
             raise FloatingPointError(optimizer._nonfinite_message([each.launch for each in launches]))
     except BaseException:
         _undo(optimizer, before)
         raise
+    if found_inf:
+        optimizer._skipped += 1
+        _undo(optimizer, before)
+        return
     if options.needs_norm():
         optimizer._grad_norm = norm
     if not math.isfinite(total) and (options.nonfinite == "skip" or optimizer._witness.watching):
@@ -269,8 +281,11 @@ class _Launched:
             target[begin:end].copy_(self.shard.arena.params[begin:end])
 
 
-def _square_sum(optimizer: "ShardedAdam", launches: list[_Launched], news: News) -> float:
-    """Sum of squares of all gradients in the order of pyshard.AdamW in one process: the same bits for any cut."""
+def _square_sums(optimizer: "ShardedAdam", launches: list[_Launched], news: News) -> tuple[float, float]:
+    """Sums of squares of all gradients in the order of pyshard.AdamW in one process: the same bits for any cut.
+
+    Of parameters that are whole on this rank, and of those of which tensor-parallel ranks hold parts.
+    """
     order = optimizer._block_order(tuple(news.present))
     mine = [each.block_sums(optimizer._groups) for each in launches]
     sums = torch.cat([m.cpu() for m in mine]) if mine else torch.empty(0, dtype=torch.float64)
@@ -281,18 +296,25 @@ def _square_sum(optimizer: "ShardedAdam", launches: list[_Launched], news: News)
     for places, one in zip(order, heard, strict=True):
         if len(places):
             values[places] = torch.frombuffer(bytearray(one), dtype=torch.float64)[: len(places)]
-    return float(_C.sum_blocks(values.numpy().tobytes()))
+    kinds = [values[places] for places in optimizer._block_kinds] or [values, values[:0]]
+    whole, cut = (float(_C.sum_blocks(kind.numpy().tobytes())) for kind in kinds)
+    return whole, cut
 
 
-def block_order(optimizer: "ShardedAdam", present: Sequence[bytes]) -> list[Tensor]:
-    """For each rank, where the blocks that it sums up stand among the blocks of all parameters with a gradient."""
+def block_order(optimizer: "ShardedAdam", present: Sequence[bytes]) -> tuple[list[Tensor], list[Tensor]]:
+    """For each rank, where the blocks that it sums up stand among the blocks of all parameters with a gradient.
+
+    With tensor-parallel parameters also where those of whole parameters stand, and those of cut ones; else nothing.
+    """
     first, total = {}, 0
+    kinds: list[list[Tensor]] = [[_NO_BLOCKS], [_NO_BLOCKS]]
     members = zip(optimizer._generations, present, strict=True)
     active = {p for generation, flags in members for p, there in zip(generation.params, flags, strict=True) if there}
     for param in optimizer._index:
         if param in active:
             first[param] = total
             total += -(-param.numel() // NORM_BLOCK)
+            kinds[cut_of(param) is not None].append(torch.arange(first[param], total))
     order = []
     for rank in range(optimizer.world):
         parts = []
@@ -305,8 +327,8 @@ def block_order(optimizer: "ShardedAdam", present: Sequence[bytes]) -> list[Tens
                         if a < b:
                             start = first[param] + a // NORM_BLOCK
                             parts.append(torch.arange(start, start + -(-(b - a) // NORM_BLOCK)))
-        order.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
-    return order
+        order.append(torch.cat(parts) if parts else _NO_BLOCKS)
+    return order, [] if optimizer._tensor_ranks is None else [torch.cat(kind) for kind in kinds]
 
 
 class _Publication:

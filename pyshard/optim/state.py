@@ -16,6 +16,9 @@ from torch import Tensor
 from ..kernels import casts, checks
 from ..kernels.formats import LOW_DTYPE, LOW_KEY, Format
 from ..kernels.launch import is_dtensor, local_tensor
+from ..kernels.reference import in_memory_order
+from .flat_shard import FlatShard, check_takes, take
+from .rectangles import cut_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 KEYS = ("step", *MOMENTS, *LOW_DTYPE)
@@ -64,8 +67,13 @@ def check_loaded(who: str, name: str, param: Tensor, state: Mapping[str, Any]) -
         )
     _check_complete(who, name, state)
     for key in (*MOMENTS, "master"):
-        if key in state:
+        if key in state and cut_of(param) is None:
             checks.check_state(who, name, param, key, state[key], None)
+        elif key in state:
+            try:
+                check_takes(state[key], param, 0, param.numel())
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{who}: state {key!r} of {name}: {error}") from error
     if "exp_avg" not in state:
         raise ValueError(
             f"{who}: the loaded state of {name} has the items {sorted(state)}; expected step, exp_avg and exp_avg_sq. "
@@ -94,7 +102,10 @@ def unbox(param: Tensor, state: dict[str, Any], capturable: bool) -> dict[str, A
         elif key in (*MOMENTS, "master") and isinstance(boxed, Boxed):
             dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
             # A copy of its own: the checkpoint must not change when training goes on.
-            value = value.detach().to(device=param.device, dtype=dtype, copy=True)
+            if cut_of(param) is None:
+                value = value.detach().to(device=param.device, dtype=dtype, copy=True)
+            else:
+                value = FlatShard(take(value, param, 0, param.numel(), dtype), param, 0).as_part()
         kept[key] = value
     return kept
 
@@ -151,12 +162,24 @@ def fill(param: Tensor, state: dict[str, Any], fmt: Format | None, amsgrad: bool
 
 
 def saved(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """The state as a state_dict holds it: a new dictionary, the remainder joined to an fp32 master."""
-    if "remainder" not in state:
-        return dict(state)
+    """The state as a state_dict holds it: a new dictionary, the remainder joined to an fp32 master.
+
+    Of a parameter that is a part of a whole one, tensors look like the whole.
+    """
     out = {key: value for key, value in state.items() if key != "remainder"}
-    out["master"] = _like(param, casts.join(local_tensor(param).detach(), local_tensor(state["remainder"])))
+    if "remainder" in state:
+        out["master"] = _like(param, casts.join(local_tensor(param).detach(), local_tensor(state["remainder"])))
+    if cut_of(param) is not None:
+        out |= {key: as_whole(value, param) for key, value in out.items() if key in (*MOMENTS, "master")}
     return out
+
+
+def as_whole(value: Tensor, param: Tensor) -> FlatShard:
+    """A tensor of the shape of a parameter that is a part of a whole one, as a part of the whole; not copied if dense.
+
+    Counted in the order of its own memory, which need not be the parameter's.
+    """
+    return FlatShard(in_memory_order(value.detach()), value, 0, cut_of(param))
 
 
 def _distance(param: Tensor, master: Tensor) -> Tensor:

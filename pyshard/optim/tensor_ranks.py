@@ -35,6 +35,10 @@ _TEXT_BYTES = 4096
 _OPERATION = "agreement of the tensor-parallel ranks in step()"
 
 
+class Disagreement(ValueError):
+    """Tensor-parallel ranks differ in what must be the same; raised on all of them, before anything is changed."""
+
+
 class Agreed(NamedTuple):
     """What all ranks know of the gradients."""
 
@@ -99,7 +103,7 @@ class TensorRanks:
             whole, cut: sums of squares of the gradients of parameters that are whole on each rank, and of cut ones.
 
         Raises:
-            ValueError: on all ranks, if they differ in settings or in `present`.
+            Disagreement: on all ranks, if they differ in settings or in `present`.
             PeerError: another rank has failed or is lost.
         """
         self.said = True
@@ -108,15 +112,18 @@ class TensorRanks:
         heads = self._heads(_HEAD.pack(False, not self.compared, found_inf, digest, scale, whole, cut))
         _, news, infs, digests, scales, wholes, cuts = zip(*heads, strict=True)
         if any(news) or len(set(digests)) > 1:
-            self.compare(optimizer)
+            try:
+                self.compare(optimizer)
+            except ValueError as error:
+                raise Disagreement(str(error)) from error
         if len(set(digests)) > 1:
-            raise ValueError(
+            raise Disagreement(
                 f"{self.who}: other parameters have a gradient on this rank than on others of the tensor-parallel "
                 f"group {self.ranks}; expected the same on all, which hold parts of one model. Run the same forward on "
                 "all."
             )
         if len(set(scales)) > 1 and not any(infs):
-            raise ValueError(
+            raise Disagreement(
                 f"{self.who}: GradScaler's scale is {1 / scales[0]:g} on rank {self.ranks[0]} and differs on others of "
                 f"the tensor-parallel group {self.ranks}; expected one scale. Make the GradScaler with the same "
                 "settings on all ranks."
