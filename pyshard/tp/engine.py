@@ -297,7 +297,7 @@ def _reduced(
         matmul = _time(all_rows, partial) if choice is None else 0.0
         start = _start(space, name, choice is None)
         sums = make(space, shape.outer, shape.sizes, columns, dtype, 1, name)
-        sums.run(lambda begin, end, out: out.copy_(partial[:, begin:end]))  # type: ignore[func-returns-value]
+        sums.run(lambda begin, end, out: _copy(partial[:, begin:end], out))
         if between is not None and choice is not None:
             between()
         result = sums.result(bias)
@@ -306,6 +306,10 @@ def _reduced(
             if between is not None:
                 between()
         return result
+
+
+def _copy(source: Tensor, out: Tensor) -> None:
+    out.copy_(source)
 
 
 def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:

@@ -222,7 +222,7 @@ def _several(
     weights = list(weight)
     if isinstance(bias, Tensor):
         raise TypeError(f"{who}: bias is one tensor for {len(weights)} weights; expected one, or None, for each")
-    biases = [None] * len(weights) if bias is None else list(bias)
+    biases: list[Tensor | None] = [None] * len(weights) if bias is None else list(bias)
     if not weights or len(biases) != len(weights):
         raise ValueError(f"{who}: {len(weights)} weights and {len(biases)} biases; expected as many, one at least")
     return weights, biases, False

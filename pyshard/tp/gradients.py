@@ -42,20 +42,12 @@ def _column_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         found = _again(outputs, [x, *weights, *biases], [need_x, *need_weights, *need_biases], grads)
     else:
         buffers = [_buffer(weight) for weight in weights]
-        found = ops.tp_column_backward(
-            [grad.contiguous() for grad in grads],
-            x,
-            weights,
-            sizes,
-            dim,
-            gathered,
-            group,
-            need_x,
-            need_weights,
-            need_biases,
-            ops.absent(buffers, x),
-        )
-        found = _finished(found, weights, buffers, [need_x, *need_weights, *need_biases])
+        asked = grads, x, weights, sizes, dim, gathered, group, need_x, need_weights, need_biases
+        if any(buffer is not None for buffer in buffers):
+            answers = ops.column_backward(*asked, buffers)
+        else:
+            answers = ops.tp_column_backward(*asked)
+        found = _finished(answers, weights, buffers, [need_x, *need_weights, *need_biases])
     n = ctx.count
     return found[0], found[1 : n + 1], found[n + 1 :], None, None, None, None
 
@@ -80,9 +72,9 @@ def _row_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found = _again(outputs, [x, weight, bias], needs, [grad])
     else:
         buffer = _buffer(weight)
-        (given,) = ops.absent([buffer], x)
-        found = ops.tp_row_backward(grad.contiguous(), x, weight, sizes, dim, scattered, group, *needs, given)
-        found = _finished(found, [weight], [buffer], needs)
+        asked = grad, x, weight, sizes, dim, scattered, group, needs[0], needs[1], needs[2]
+        answers = ops.tp_row_backward(*asked) if buffer is None else ops.row_backward(*asked, buffer)
+        found = _finished(answers, [weight], [buffer], needs)
     return *found, None, None, None, None
 
 
@@ -103,7 +95,9 @@ def _again(
 
 
 def _buffer(weight: Tensor) -> Tensor | None:
-    """The fp32 gradient that is added to in place, if there is one."""
+    """The fp32 gradient that is added to in place, if there is one. In a graph there is none: it has no such effects."""
+    if torch.compiler.is_compiling():
+        return None
     return weight.grad if getattr(weight, "main_grad", False) and weight.requires_grad else None
 
 
@@ -114,10 +108,7 @@ def _finished(
     answers: list[Tensor | None] = [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
     for i, (weight, buffer) in enumerate(zip(weights, buffers, strict=True), start=1):
         if buffer is not None:
-            answers[i] = None
-            # Autograd has nothing to accumulate, so it does not call them.
-            for hook in (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values():
-                hook(weight)
+            answers[i] = None  # autograd accumulates nothing then, and calls the hooks all the same
         elif answers[i] is not None and getattr(weight, "main_grad", False):
             answers[i] = found[i].float()
     return answers

@@ -60,7 +60,7 @@ def weight_gradient(grad: Tensor, x: Tensor, buffer: Tensor | None = None) -> Te
     if buffer.dtype == x.dtype:
         return buffer.addmm_(grad.t(), x)
     if x.device.type == "cuda":
-        return torch.addmm(buffer, grad.t(), x, out_dtype=buffer.dtype, out=buffer)  # type: ignore[call-overload]
+        return torch.addmm(buffer, grad.t(), x, out_dtype=buffer.dtype, out=buffer)
     return buffer.add_(grad.t() @ x)
 
 

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import engine
+from .matmul import bias_gradient
 
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of a name."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    c10d: Any = dist.distributed_c10d  # whose types do not tell of this
+    return c10d._resolve_process_group(name)
 
 
 def present(tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -87,7 +89,38 @@ def _(
     return [x.new_empty(_shape(x, dim, rows, weight.shape[0])) for weight in weights]
 
 
-@torch.library.custom_op("pyshard::tp_column_backward", mutates_args={"buffers"})
+def column_backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    sizes: Sequence[int],
+    dim: int,
+    gathered: bool,
+    group: str,
+    need_x: bool,
+    need_weights: Sequence[bool],
+    need_biases: Sequence[bool],
+    buffers: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Gradients of x, all weights, all biases; empty where not needed. Those of weights with a buffer are added to it,
+    and the buffer is what is returned."""
+    space = engine.workspace(group_of(group), x.device)
+    dx, dws = engine.column_backward(
+        space,
+        [_rows(grad, dim) for grad in grads],
+        _rows(x, dim),
+        weights,
+        _scaled(sizes, x, dim),
+        gathered,
+        need_x,
+        need_weights,
+        buffers,
+    )
+    dbs = [bias_gradient(grad) if needed else None for grad, needed in zip(grads, need_biases, strict=True)]
+    return absent([None if dx is None else dx.view(x.shape), *dws, *dbs], x)
+
+
+@torch.library.custom_op("pyshard::tp_column_backward", mutates_args=())
 def tp_column_backward(
     grads: Sequence[Tensor],
     x: Tensor,
@@ -99,28 +132,10 @@ def tp_column_backward(
     need_x: bool,
     need_weights: Sequence[bool],
     need_biases: Sequence[bool],
-    buffers: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of x, all weights, all biases; empty where not needed, or added to a buffer that is not empty."""
-    space = engine.workspace(group_of(group), x.device)
-    dx, dws = engine.column_backward(
-        space,
-        [_rows(grad, dim) for grad in grads],
-        _rows(x, dim),
-        weights,
-        _scaled(sizes, x, dim),
-        gathered,
-        need_x,
-        need_weights,
-        present(buffers),
-    )
-    own = [None if buffer.numel() else dw for dw, buffer in zip(dws, buffers, strict=True)]
-    found = absent([None if dx is None else dx.view(x.shape), *own], x)
-    found += [
-        engine.bias_gradient(grad) if needed else x.new_empty(0)
-        for grad, needed in zip(grads, need_biases, strict=True)
-    ]
-    return found
+    """column_backward() as an operator, without buffers."""
+    none = [None] * len(weights)
+    return column_backward(grads, x, weights, sizes, dim, gathered, group, need_x, need_weights, need_biases, none)
 
 
 @tp_column_backward.register_fake
@@ -135,13 +150,10 @@ def _(
     need_x: bool,
     need_weights: Sequence[bool],
     need_biases: Sequence[bool],
-    buffers: Sequence[Tensor],
 ) -> list[Tensor]:
     found = [x.new_empty(x.shape if need_x else (0,))]
-    for weight, needed, buffer in zip(weights, need_weights, buffers, strict=True):
-        found.append(weight.new_empty(weight.shape if needed and not buffer.numel() else (0,)))
-    for weight, needed in zip(weights, need_biases, strict=True):
-        found.append(weight.new_empty(weight.shape[0] if needed else 0))
+    found += [w.new_empty(w.shape if needed else (0,)) for w, needed in zip(weights, need_weights, strict=True)]
+    found += [w.new_empty(w.shape[0] if needed else 0) for w, needed in zip(weights, need_biases, strict=True)]
     return found
 
 
@@ -165,8 +177,7 @@ def _(
     return x.new_empty(_shape(x, dim, rows, weight.shape[0]))
 
 
-@torch.library.custom_op("pyshard::tp_row_backward", mutates_args={"buffer"})
-def tp_row_backward(
+def row_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -177,9 +188,9 @@ def tp_row_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-    buffer: Tensor,
+    buffer: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of x, weight and bias; empty where not needed, or added to a buffer that is not empty."""
+    """Gradients of x, weight and bias; empty where not needed. With a buffer that of the weight is added to it."""
     space = engine.workspace(group_of(group), x.device)
     dx, dw, db = engine.row_backward(
         space,
@@ -191,13 +202,26 @@ def tp_row_backward(
         need_x,
         need_weight,
         need_bias,
-        buffer if buffer.numel() else None,
+        buffer,
     )
-    return [
-        x.new_empty(0) if dx is None else dx.view(x.shape),
-        x.new_empty(0) if dw is None or buffer.numel() else dw,
-        x.new_empty(0) if db is None else db,
-    ]
+    return absent([None if dx is None else dx.view(x.shape), dw, db], x)
+
+
+@torch.library.custom_op("pyshard::tp_row_backward", mutates_args=())
+def tp_row_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    dim: int,
+    scattered: bool,
+    group: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> list[Tensor]:
+    """row_backward() as an operator, without a buffer."""
+    return row_backward(grad, x, weight, sizes, dim, scattered, group, need_x, need_weight, need_bias, None)
 
 
 @tp_row_backward.register_fake
@@ -212,10 +236,9 @@ def _(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-    buffer: Tensor,
 ) -> list[Tensor]:
     return [
         x.new_empty(x.shape if need_x else (0,)),
-        weight.new_empty(weight.shape if need_weight and not buffer.numel() else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
         weight.new_empty(weight.shape[0] if need_bias else 0),
     ]
