@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .kernels import grad_norm
-from .kernels.launch import is_dtensor, local_tensor
+from .kernels.launch import local_tensor
+from .optim.distributed import same_placements, shard_groups
 from .placement import tensor_shard
 
 DIMENSIONS = ("pp", "dp", "tp")  # outermost first: tensor-parallel ranks talk most, so they are neighbours
@@ -71,9 +73,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scales all gradients in place by min(1, max_norm / (norm + 1e-6)), norm being that of all of them on all ranks.
 
-    What counts how often: a parameter with a tensor_shard that is cut: the parts of all ranks of its group; a DTensor:
-    its whole; every other one, replicated or ordinary: once. With a mesh the stages along "pp" add up. Along "dp"
-    gradients are the same already and count once. A parameter that several stages share counts in each.
+    What counts how often: of a parameter with a tensor_shard that is cut, the parts of all ranks of its group; of a
+    DTensor, the shards of all ranks; every other one, replicated or ordinary, once. With a mesh the stages along "pp"
+    add up. Along "dp" gradients are the same already and count once. A parameter that several stages share counts in
+    each.
 
     Sums are in double (the 2-norm's squares exact), over ranks in rank order, so that all ranks scale by the same bits.
     All ranks of the parameters' groups and of the mesh's "pp" must call it with the same parameters; a gradient that is
@@ -111,73 +114,64 @@ def clip_grad_norm_(
         )
     scale = (float(max_norm) / (norm + 1e-6)).clamp(max=1.0)
     locals_ = [local_tensor(grad) for grad in grads]
-    for where in {local.device for local in locals_}:
-        torch._foreach_mul_([local for local in locals_ if local.device == where], scale.to(where, torch.float32))
+    for where, wide in {(local.device, local.dtype == torch.float64) for local in locals_}:
+        chosen = [x for x in locals_ if x.device == where and (x.dtype == torch.float64) == wide]
+        torch._foreach_mul_(chosen, scale.to(where, torch.float64 if wide else torch.float32))
     return norm.float()
 
 
 def _total(params: list[Tensor], mesh: DeviceMesh | None, norm_type: float, device: torch.device) -> Tensor:
     """The norm of all gradients on all ranks, a 0-d double."""
     once: list[Tensor] = []
-    cut: dict[dist.ProcessGroup, list[Tensor]] = {}
-    dtensors: list[Tensor] = []
+    cut: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}  # by the groups whose ranks hold the parts
     for param in params:
-        shard = tensor_shard(param)
-        kind = dtensors if is_dtensor(param) else once
+        groups, shard = shard_groups(param), tensor_shard(param)
         if shard is not None:
             # Groups are found by parameters, not by gradients, so that all ranks take part in the same exchanges.
-            of_group = cut.setdefault(shard.group, [])
-            kind = kind if shard.dim is None else of_group
-        if param.grad is not None:
-            kind.append(param.grad)
-    total = _powers(once, norm_type, device)
-    for group in cut:
-        # Replicated gradients should be the same bits on all ranks; the first rank's are taken, so that sums surely are.
-        total = _over_ranks(total, group, norm_type, first=True)
-    for group, parts in cut.items():
-        total = _add(total, _over_ranks(_powers(parts, norm_type, device), group, norm_type), norm_type)
-    for grad in dtensors:
-        own = torch.linalg.vector_norm(grad, norm_type, dtype=_wide(grad))
-        total = _add(total, _power(own.full_tensor().to(device, torch.float64), norm_type), norm_type)  # type: ignore[attr-defined]
+            cut.setdefault((shard.group,), [])
+            groups += (shard.group,) if shard.dim is not None else ()
+        kind = cut.setdefault(groups, []) if groups else once
+        if (grad := param.grad) is not None:
+            if not same_placements(param, grad):
+                grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+            kind.append(local_tensor(grad))
+    total, sums = _powers(once, norm_type, device), []
+    for groups, parts in cut.items():
+        own = _powers(parts, norm_type, device)
+        for group in groups:
+            values = _gather(torch.stack((total, own)), group)
+            # Replicated gradients should be the same on all ranks; with the first rank's value the sum surely is.
+            total, own = values[0, 0], _combine(values[:, 1], norm_type)
+        sums.append(own)
+    total = _combine([total, *sums], norm_type)
     if mesh is not None and "pp" in (mesh.mesh_dim_names or ()) and mesh["pp"].size() > 1:
-        total = _over_ranks(total, mesh.get_group("pp"), norm_type)
+        total = _combine(_gather(total, mesh.get_group("pp")), norm_type)
     return total if norm_type == math.inf else total ** (1 / norm_type)
 
 
-def _wide(grad: Tensor) -> torch.dtype:
-    return torch.float64 if grad.dtype == torch.float64 else torch.float32
-
-
-def _power(norm: Tensor, norm_type: float) -> Tensor:
-    return norm if norm_type == math.inf else norm**norm_type
-
-
-def _add(a: Tensor, b: Tensor, norm_type: float) -> Tensor:
-    return torch.maximum(a, b) if norm_type == math.inf else a + b
+def _combine(values: Iterable[Tensor], norm_type: float) -> Tensor:
+    """Sums of |g|^p, or maxima, of different elements: of all of them, from the left."""
+    return functools.reduce(torch.maximum if norm_type == math.inf else torch.add, values)
 
 
 def _powers(grads: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """The sum of |g|^p over the elements of tensors of this rank, or their maximum; a 0-d double on the device."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    """The sum of |g|^p over the elements of this rank's gradients, or their maximum; a 0-d double on the device."""
+    powers = [torch.zeros((), dtype=torch.float64, device=device)]
     grads = [grad for grad in grads if grad.numel()]
     if norm_type == 2:
         for where in dict.fromkeys(grad.device for grad in grads):
             norm, _ = grad_norm([grad for grad in grads if grad.device == where])
-            total = total + norm.to(device).square()
-        return total
+            powers.append(norm.to(device).square())
+        return _combine(powers, norm_type)
     for grad in grads:
-        norm = torch.linalg.vector_norm(grad, norm_type, dtype=_wide(grad))
-        total = _add(total, _power(norm.to(device, torch.float64), norm_type), norm_type)
-    return total
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        norm = torch.linalg.vector_norm(grad, norm_type, dtype=wide).to(device, torch.float64)
+        powers.append(norm if norm_type == math.inf else norm**norm_type)
+    return _combine(powers, norm_type)
 
 
-def _over_ranks(own: Tensor, group: dist.ProcessGroup, norm_type: float, *, first: bool = False) -> Tensor:
-    """The ranks' values combined in rank order, or the first rank's; the same bits on all of them."""
+def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' values in rank order, [ranks, ...]: the same bits on all of them."""
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    if len(parts) == 1:
-        return own
     dist.all_gather(parts, own, group=group)
-    total = parts[0]
-    for part in parts[1:] if not first else []:
-        total = _add(total, part, norm_type)
-    return total
+    return torch.stack(parts)

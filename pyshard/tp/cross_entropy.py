@@ -278,7 +278,7 @@ def _checked(
     if not logits.dim() or logits.shape[:-1] != target.shape:
         raise ValueError(
             f"{WHO}: logits has shape {list(logits.shape)} and target {list(target.shape)}; expected [..., columns of "
-            "this rank] and [...]. The vocabulary is the last dimension, also where torch's cross_entropy has it second."
+            "this rank] and [...]. The vocabulary is the last dimension, not the second as for torch's cross_entropy."
         )
     if target.device != logits.device:
         raise ValueError(

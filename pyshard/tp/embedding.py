@@ -134,8 +134,8 @@ class VocabParallelEmbedding(nn.Module):
         check_id_dtype(WHO, "ids", ids)
         if self.sequence_parallel and not ids.dim():
             raise ValueError(
-                f"{WHO}: ids has shape [] and sequence_parallel is True; expected [..., sequence]. Give it a dimension, "
-                "or leave sequence_parallel out."
+                f"{WHO}: ids has shape [] and sequence_parallel is True; expected [..., sequence]. Give it a "
+                "dimension, or leave sequence_parallel out."
             )
         check_ids(WHO, ids, self.num_embeddings)
         own = (ids >= self.begin) & (ids < self.end)
