@@ -68,3 +68,8 @@ def test_slow_ranks(world: int, in_place: bool, seed: int) -> None:
 
 def test_two_over_one_transport(seed: int) -> None:
     ranks.run(tp_triton_ranks.shared, 2, seed)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_rank_that_needs_nothing_does_not_overtake(in_place: bool) -> None:
+    ranks.run(tp_triton_ranks.ahead, 3, 8, in_place)

@@ -64,8 +64,9 @@ def silent(rank: int, world: int, chunk: int, in_place: bool, device: str = "cpu
     gather(matmul, 40, 3)
     scatter(matmul, 5)
     matmul.transport.exchange(b"", "both went well")
-    lower(matmul, 2.0)
     culprit = world - 1
+    victim = in_place or rank == 0  # the last one that is served
+    lower(matmul, 2.0 if victim else 20.0)
     if rank == culprit:
         # Peers are served one after the other, each with all chunks, unless they fetch the chunks.
         matmul.pause = after(chunk if in_place else chunk + 3 * (world - 2))
@@ -73,7 +74,6 @@ def silent(rank: int, world: int, chunk: int, in_place: bool, device: str = "cpu
             gather(matmul, 40, 3)
         time.sleep(6.0)
         return
-    victim = in_place or rank == 0  # the last one that is served
     operation = f"{GATHER}, chunk {chunk}"
     if victim:
         message = expect_error(lambda: gather(matmul, 40, 3), culprit, operation)
