@@ -54,8 +54,10 @@ def configure(
             measurement in its first call.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError, TypeError: an argument is none of these.
     """
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"pyshard.tp.configure: group is a {type(group).__name__}; expected a process group")
     if transport not in TRANSPORTS:
         raise ValueError(f"pyshard.tp.configure: transport is {transport!r}; expected one of {', '.join(TRANSPORTS)}")
     if not timeout > 0:

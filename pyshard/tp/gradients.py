@@ -95,7 +95,7 @@ def _again(
 
 
 def _buffer(weight: Tensor) -> Tensor | None:
-    """The fp32 gradient that is added to in place, if there is one. In a graph there is none: it has no such effects."""
+    """The fp32 gradient that is added to in place, if there is one; none in a graph, which has no such effects."""
     if torch.compiler.is_compiling():
         return None
     return weight.grad if getattr(weight, "main_grad", False) and weight.requires_grad else None
