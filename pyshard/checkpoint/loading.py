@@ -11,17 +11,19 @@ from torch.optim import Optimizer
 
 from . import files, naming, state
 from .contents import Contents
-from .ranks import Ranks
+from .ranks import ranks_of
 from .saving import agreed_path
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimizer | None) -> dict[str, Any]:
     """Loads what save_checkpoint has saved, in place; all ranks of the optimizer's process group call it.
 
-    The number of ranks, the optimizer's class (pyshard.AdamW, ShardedAdamW, torch.optim.AdamW), its cut, the layout of
-    tensors in memory and the kind of master weights may differ from those of the save. State goes into the tensors
-    that are there, or into new ones, one parameter at a time: besides the state, memory is needed for one or two of
-    the pieces in which tensors were saved, and for the fp32 master of one parameter where weights are split.
+    With a tensor-parallel model: the ranks of the process groups of all tensor-parallel ranks.
+    The number of ranks, data-parallel and tensor-parallel ones, how parameters are cut over the latter, the optimizer's
+    class (pyshard.AdamW, ShardedAdamW, torch.optim.AdamW), its cut, the layout of tensors in memory and the kind of
+    master weights may differ from those of the save. State goes into the tensors that are there, or into new ones, one
+    parameter at a time: besides the state, memory is needed for one or two of the pieces in which tensors were saved,
+    and for the fp32 master of one parameter where weights are split.
 
     Args:
         path: where save_checkpoint has saved, for the newest checkpoint; or one of the directories there.
@@ -39,7 +41,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
 
     Load only what you trust: torch.distributed.checkpoint keeps a pickle in its files.
     """
-    ranks = Ranks("pyshard.load_checkpoint", getattr(opt, "process_group", None))
+    ranks = ranks_of("pyshard.load_checkpoint", model, opt)
     ranks.hint = "Nothing was changed."
     root = agreed_path(ranks, path)
     directory, manifest, others = ranks.by_first("looking for the checkpoint", lambda: _find(root))

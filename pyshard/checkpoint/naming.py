@@ -3,6 +3,8 @@
 The keys are those of torch's get_model_state_dict and get_optimizer_state_dict, without the wrappers around a model:
 
     model.<name>    optimizer.state.<name of the parameter>.<item>    optimizer.param_groups.<i>.<hyperparameter>
+
+A parameter of which tensor-parallel ranks hold parts is one tensor, the whole; each rank gives its part as a FlatShard.
 """
 
 from collections.abc import Iterator
@@ -11,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ..optim import state as states
+from ..optim.flat_shard import FlatShard
+from ..optim.rectangles import cut_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -43,7 +49,32 @@ def plain(name: str) -> str:
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """The model's state_dict by plain names; its tensors are the model's own."""
-    return {plain(name): value for name, value in unwrapped(model).state_dict().items()}
+    held = unwrapped(model).state_dict(keep_vars=True)
+    return {plain(name): value.detach() if isinstance(value, Tensor) else value for name, value in held.items()}
+
+
+def cut_params(model: nn.Module) -> dict[str, Tensor]:
+    """By plain names, the parameters of which this rank holds a part.
+
+    Raises:
+        ValueError: the model's state_dict() has something else under the name of one of them.
+    """
+    held = unwrapped(model).state_dict(keep_vars=True)
+    found = {plain(name): value for name, value in held.items() if isinstance(value, Tensor) and cut_of(value)}
+    for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
+        if cut_of(param) is not None and found.get(plain(name)) is not param:
+            raise ValueError(
+                f"{name} is a part of a parameter of shape {whole_shape(param)}, and the model's state_dict() does not "
+                "have it under its name; expected the parameter itself. Leave out hooks that change the state_dict of "
+                "tensor-parallel modules."
+            )
+    return found
+
+
+def whole_shape(param: Tensor) -> torch.Size:
+    """The shape of a parameter as a checkpoint has it."""
+    cut = cut_of(param)
+    return param.shape if cut is None else torch.Size(cut.whole)
 
 
 def give(model: nn.Module, state: dict[str, Any]) -> None:
@@ -75,17 +106,37 @@ def params_of(optimizer: Optimizer) -> Iterator[Tensor]:
 def to_save(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
     """The state_dict that goes to torch.distributed.checkpoint; its tensors are those that train, or copies."""
     settle(optimizer)
-    saved: dict[str, Any] = {"model": state_of(model)}
+    parts = {name: states.as_whole(param, param) for name, param in cut_params(model).items()}
+    saved: dict[str, Any] = {"model": state_of(model) | parts}
     if optimizer is not None:
         names = names_of(model, optimizer)
-        by_index = [names[param] for param in params_of(optimizer)]
+        params = list(params_of(optimizer))
+        by_index = [names[param] for param in params]
         held = optimizer.state_dict()
         groups = held["param_groups"]
         saved["optimizer"] = {
-            "state": {by_index[index]: items for index, items in held["state"].items()},
+            "state": {by_index[i]: _of_wholes(by_index[i], params[i], items) for i, items in held["state"].items()},
             "param_groups": [{**group, "params": [by_index[i] for i in group["params"]]} for group in groups],
         }
     return saved
+
+
+def _of_wholes(name: str, param: Tensor, items: dict[str, Any]) -> dict[str, Any]:
+    """State of a parameter of which this rank holds a part, kept by an optimizer that knows nothing of it."""
+    if cut_of(param) is None:
+        return items
+    found = dict(items)
+    for key, value in items.items():
+        if not isinstance(value, Tensor) or isinstance(value, FlatShard) or value.dim() == 0:
+            continue
+        if value.shape != param.shape:
+            raise ValueError(
+                f"state {key!r} of {name} has shape {tuple(value.shape)}, and the parameter, which is a part of a "
+                f"whole one, {tuple(param.shape)}; expected a value per element, which can be put together with those "
+                "of other ranks. Use an optimizer such as pyshard.AdamW."
+            )
+        found[key] = states.as_whole(value, param)
+    return found
 
 
 def settle(optimizer: Optimizer | None) -> None:

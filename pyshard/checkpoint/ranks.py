@@ -15,9 +15,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..comm import PeerError
+from ..placement import tensor_shard
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,13 +59,17 @@ class Ranks:
     Args:
         who: opens error messages.
         group: None is the default group.
+        tensor_group: the tensor-parallel ranks of the model, if there are any; the ranks of the groups of all of them
+            are meant then.
     """
 
-    def __init__(self, who: str, group: "dist.ProcessGroup | None"):
+    def __init__(self, who: str, group: "dist.ProcessGroup | None", tensor_group: "dist.ProcessGroup | None" = None):
         self.who = who
         self.hint = ""  # closes error messages: in which state things are left, and what to do
         self.rank, self.world, self.ranks = 0, 1, [0]
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) != 1:
+        if group is not None and tensor_group is not None:
+            self._join(group, tensor_group)
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size(group) != 1:
             self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
             if self.rank < 0:
                 raise ValueError(
@@ -72,7 +78,26 @@ class Ranks:
                 )
             known = group or dist.distributed_c10d._get_default_group()
             self.ranks = dist.get_process_group_ranks(known)
-            self._wire = _wire(who, known)
+            self._wire = _wire(who, known, self.ranks)
+
+    def _join(self, group: "dist.ProcessGroup", tensor_group: "dist.ProcessGroup") -> None:
+        """The ranks of the groups of all tensor-parallel ranks."""
+        world = dist.distributed_c10d._get_default_group()
+        ranks = dist.get_process_group_ranks(world)
+        if group.size() * tensor_group.size() != len(ranks):  # else they are all there are
+            every: list[Any] = [None] * tensor_group.size()
+            try:
+                dist.all_gather_object(every, dist.get_process_group_ranks(group), group=tensor_group)
+            except RuntimeError as error:
+                raise PeerError(
+                    f"{self.who}: a rank of the tensor-parallel group {dist.get_process_group_ranks(tensor_group)} is "
+                    f"lost or does not answer ({_plain(error)}); expected all of them to call this.",
+                    None,
+                    "connecting",
+                ) from error
+            ranks = sorted({rank for each in every for rank in each})
+        self.ranks, self.rank, self.world = ranks, ranks.index(dist.get_rank()), len(ranks)
+        self._wire = _wire(self.who, world, ranks)
 
     @property
     def first(self) -> bool:
@@ -186,15 +211,15 @@ class Ranks:
 
 
 class _Wire:
-    """Connections of its own between the processes of a group, over gloo on the CPU whatever the group's backend."""
+    """Connections of its own between processes of a group, over gloo on the CPU whatever the group's backend."""
 
-    def __init__(self, group: "dist.ProcessGroup"):
+    def __init__(self, group: "dist.ProcessGroup", ranks: list[int]):
         backend = group._get_backend(group._device_types[0])
         self.timeout: timedelta = getattr(getattr(backend, "options", None), "_timeout", timedelta(minutes=30))
         c10d: Any = dist  # whose types do not tell of these
-        self._store = _store(group)
+        self._store = _store(group, ranks)
         self._store.set(f"here/{dist.get_rank()}", "")
-        self._gloo = c10d.ProcessGroupGloo(self._store, group.rank(), group.size(), self.timeout)
+        self._gloo = c10d.ProcessGroupGloo(self._store, ranks.index(dist.get_rank()), len(ranks), self.timeout)
 
     def send(self, value: object, rank: int) -> None:
         data = pickle.dumps(value)
@@ -226,17 +251,17 @@ class _Wire:
         return None
 
 
-_wires: "weakref.WeakKeyDictionary[Any, _Wire]" = weakref.WeakKeyDictionary()
+_wires: "weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], _Wire]]" = weakref.WeakKeyDictionary()
 
 
-def _store(group: "dist.ProcessGroup") -> Any:
+def _store(group: "dist.ProcessGroup", ranks: list[int]) -> Any:
     c10d: Any = dist  # whose types do not tell of it
-    return c10d.PrefixStore("pyshard/checkpoint", group.get_group_store())
+    return c10d.PrefixStore(f"pyshard/checkpoint/{'-'.join(map(str, ranks))}", group.get_group_store())
 
 
-def _is_here(group: "dist.ProcessGroup", rank: int) -> bool:
+def _is_here(group: "dist.ProcessGroup", ranks: list[int], rank: int) -> bool:
     try:
-        return bool(_store(group).check([f"here/{rank}"]))
+        return bool(_store(group, ranks).check([f"here/{rank}"]))
     except RuntimeError:  # the store is gone with the process that kept it
         return True
 
@@ -246,17 +271,26 @@ def _plain(error: Exception) -> str:
     return re.sub(r"^\[\S*\] |\. This is typically.*", "", str(error).splitlines()[0])
 
 
-def _wire(who: str, group: "dist.ProcessGroup") -> _Wire:
-    """The connections of a group; all its ranks come here together, the first time."""
-    if group not in _wires:
+def _wire(who: str, group: "dist.ProcessGroup", ranks: list[int]) -> _Wire:
+    """The connections between ranks of a group, which come here together, the first time."""
+    wires = _wires.setdefault(group, {})
+    if tuple(ranks) not in wires:
         try:
-            _wires[group] = _Wire(group)
+            wires[tuple(ranks)] = _Wire(group, ranks)
         except RuntimeError as error:
-            missing = [rank for rank in dist.get_process_group_ranks(group) if not _is_here(group, rank)]
+            missing = [rank for rank in ranks if not _is_here(group, ranks, rank)]
             raise PeerError(
                 f"{who}: could not connect to all ranks of the process group ({_plain(error)}); expected all of them "
                 f"to call this. {f'Ranks {missing} have not.' if missing else ''}".rstrip(),
                 missing[0] if missing else None,
                 "connecting",
             ) from error
-    return _wires[group]
+    return wires[tuple(ranks)]
+
+
+def ranks_of(who: str, model: nn.Module, opt: Optimizer | None) -> Ranks:
+    """The ranks that hold the parts of a model and its optimizer: those of the optimizer's process group, and those of
+    the groups of all tensor-parallel ranks. Without a process group all there are."""
+    groups = (shard.group for param in model.parameters() if (shard := tensor_shard(param)) is not None)
+    tensor_group = next((group for group in groups if group.size() > 1), None)
+    return Ranks(who, getattr(opt, "process_group", None), tensor_group)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from .._version import __version__
 from ..comm import PeerError
 from . import files, naming
-from .ranks import Ranks
+from .ranks import Ranks, ranks_of
 
 
 def save_checkpoint(
@@ -26,10 +26,12 @@ def save_checkpoint(
 ) -> None:
     """Saves model, optimizer and extra values under `path`; all ranks of the optimizer's process group call it.
 
-    The checkpoint gets a directory of its own, in the format of torch.distributed.checkpoint, which does not depend on
-    the number of ranks; each rank writes its part of the optimizer's state and a share of the model. When all files
-    are on disk, `path`/latest is replaced in one operation. A process that dies before that leaves the previous
-    checkpoint in force, one that dies later the new one. The next save removes what dead ones have left.
+    With a tensor-parallel model: the ranks of the process groups of all tensor-parallel ranks. The checkpoint gets a
+    directory of its own, in the format of torch.distributed.checkpoint, which does not depend on the number of ranks,
+    data-parallel or tensor-parallel: it holds whole parameters. Each rank writes its part of them and of the
+    optimizer's state, and a share of what all have. When all files are on disk, `path`/latest is replaced in one
+    operation. A process that dies before that leaves the previous checkpoint in force, one that dies later the new
+    one. The next save removes what dead ones have left.
 
     Args:
         path: a directory, on a file system that all ranks share; made if it is not there. One training run at a time
@@ -45,7 +47,7 @@ def save_checkpoint(
         pyshard.checkpoint.CheckpointError: on all ranks; one could not write. Older checkpoints are as they were.
         pyshard.comm.PeerError: another rank is lost; names it and what this one was doing.
     """
-    ranks = Ranks("pyshard.save_checkpoint", getattr(opt, "process_group", None))
+    ranks = ranks_of("pyshard.save_checkpoint", model, opt)
     root = agreed_path(ranks, path)
     ranks.hint = "Nothing was written."
 
@@ -136,13 +138,18 @@ def _write(
 
 
 def _check_same(ranks: Ranks, plans: list[SavePlan]) -> None:
-    """Whole tensors that several ranks have are written by one of them, so they must be the same on all."""
-    seen: dict[str, tuple[int, TensorWriteData]] = {}
+    """Whole tensors that several ranks have are written by one of them, so they must be the same on all, and whole."""
+    seen: dict[str, tuple[int, WriteItemType, TensorWriteData]] = {}
     for rank, plan in zip(ranks.ranks, plans, strict=True):
         for item in plan.items:
-            if item.type == WriteItemType.TENSOR and item.tensor_data is not None:
-                other, known = seen.setdefault(item.index.fqn, (rank, item.tensor_data))
+            if item.type != WriteItemType.BYTE_IO and item.tensor_data is not None:
+                other, kind, known = seen.setdefault(item.index.fqn, (rank, item.type, item.tensor_data))
                 mine = item.tensor_data
+                if kind != item.type:
+                    raise ValueError(
+                        f"{item.index.fqn} is a part of a tensor on one of the ranks {other} and {rank}, and a whole "
+                        "one on the other; expected a model that is cut alike on all ranks."
+                    )
                 if (known.size, known.properties.dtype) != (mine.size, mine.properties.dtype):
                     raise ValueError(
                         f"{item.index.fqn} is {known.properties.dtype} {tuple(known.size)} on rank {other} and "

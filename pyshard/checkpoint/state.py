@@ -14,6 +14,7 @@ from ..kernels.launch import local_tensor
 from ..optim import state as states
 from ..optim.adam import Adam
 from ..optim.flat_shard import FlatShard, take
+from ..optim.rectangles import cut_of
 from ..optim.sharded import ShardedAdam
 from . import naming
 from .contents import Contents, Item
@@ -34,8 +35,9 @@ class ModelLoad:
                     "first: model.to_empty(device=...)."
                 )
         self.held = naming.state_of(model)
+        self.parts = {name: states.as_whole(param, param) for name, param in naming.cut_params(model).items()}
         planner = DefaultLoadPlanner()
-        planner.set_up_planner({"model": dict(self.held)}, contents.metadata)
+        planner.set_up_planner({"model": self.held | self.parts}, contents.metadata)
         self.wanted: dict[str, Any] = planner.state_dict
         saved = {item.key: item for item in contents.below("model").values()}
         _check_names("the model", self.wanted, saved)
@@ -49,12 +51,18 @@ class ModelLoad:
                 _check_shape(key, stored, value.shape)
 
     def run(self) -> None:
-        values = {"model": self.held}
+        # Loading replaces what is no tensor.
+        values = {"model": self.held | self.parts}
         planner = DefaultLoadPlanner()
         planner.set_up_planner(values, self.contents.metadata)
         self.contents.reader.read_data(planner.create_local_plan(), planner).wait()
+        for name, part in self.parts.items():
+            own = self.held[name]
+            if part.local.numel() and part.local.data_ptr() != own.data_ptr():  # not dense: read into a copy
+                own.copy_(part.as_part())
+            values["model"][name] = own
         # The tensors are the model's own already; this is for what else it saves, and for its hooks.
-        naming.give(self.model, self.held)
+        naming.give(self.model, values["model"])
 
 
 def _check_names(what: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -129,7 +137,7 @@ class OptimizerLoad:
         for param in params_of(self.optimizer):
             for key, item in self.items.get(self.names[param], {}).items():
                 if item.tensor is not None and key in _PER_ELEMENT:
-                    _check_shape(item.key, item.tensor, param.shape)
+                    _check_shape(item.key, item.tensor, naming.whole_shape(param))
 
     def run(self) -> str:
         """One parameter after the other, so that little is in memory twice. The model has been loaded before.
@@ -175,7 +183,7 @@ class OptimizerLoad:
                 continue
             if item.tensor is None:
                 values[item.key] = None
-            elif key in _PER_ELEMENT or item.tensor.size == param.shape != torch.Size([]):
+            elif key in _PER_ELEMENT or item.tensor.size == naming.whole_shape(param) != torch.Size([]):
                 target = _Target(param, run, kept.get(key), self._dtype(param, item.tensor))
                 loaded[key], values[item.key] = target.kept, target.shown
             else:
@@ -231,6 +239,11 @@ class _Target:
             same = fits and type(old) is not FlatShard and old.shape == param.shape
             self.kept = old if same else torch.empty_like(param, dtype=dtype, requires_grad=False)
             self.shown = self.kept
+            if cut_of(param) is not None:
+                part = states.as_whole(self.kept, param)
+                if part.local.data_ptr() != self.kept.data_ptr():  # not dense: the part is a copy
+                    self.kept = part.as_part()
+                self.shown = part
         else:
             size = run[1] - run[0]
             same = fits and old.shape == (size,)
@@ -241,7 +254,8 @@ class _Target:
 def _remainder(param: Tensor, run: tuple[int, int] | None, master: Tensor, old: Any) -> Tensor:
     """The split weights' lower halves of a loaded master."""
     if run is not None:
-        param = take(param.detach(), param, *run, param.dtype)
+        param = param.detach()  # this rank's part of a whole one, if it is one, is all that counts here
+        param = take(param, param, *run, param.dtype)
     target = old if isinstance(old, Tensor) and old.shape == param.shape else torch.empty_like(param, dtype=torch.int16)
     local_tensor(target).copy_(states._remainder(local_tensor(param), local_tensor(master)))
     return target
