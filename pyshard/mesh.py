@@ -105,7 +105,8 @@ def clip_grad_norm_(
                 "Use sparse=False in the embedding."
             )
     grads = [param.grad for param in params if param.grad is not None]
-    device = grads[0].device if grads else params[0].device if params else torch.device("cpu")
+    known = [*grads, *params]
+    device = known[0].device if known else torch.device(mesh.device_type if mesh is not None else "cpu")
     norm = _total(params, mesh, norm_type, device)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(

@@ -19,6 +19,7 @@ from pyshard.tp.splits import split_sizes
 # most 2,000 elements) pass each element through fewer than 200 additions, and sums of positive numbers err by less
 # than roundings times 2^-24.
 TORCH_BOUND = 200 * 2.0**-24
+DTENSORS = 3  # last of the parameters of cut()
 NORMS = (2.0, 1.0, 3.5, math.inf)
 
 
@@ -143,7 +144,7 @@ def test_clipping_errors() -> None:
 
 def cut(whole: list[nn.Parameter], group: dist.ProcessGroup, mesh: Any) -> list[nn.Parameter]:
     """The same parameters as this rank has them: rows cut, columns cut, marked whole, ordinary, DTensor."""
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    world = dist.get_world_size(group)
     result = []
     for i, param in enumerate(whole):
         shape, dim = tuple(param.shape), i % 3
@@ -157,11 +158,10 @@ def cut(whole: list[nn.Parameter], group: dist.ProcessGroup, mesh: Any) -> list[
         if marked:
             set_tensor_shard(part, shard)
         result.append(part)
-    assert rank == dist.get_rank(group)
-    for placement in (Shard(0), Replicate()):  # a layer of torch's own on the same ranks
-        tensor = distribute_tensor(torch.ones(5, 3), mesh, [placement])
-        param = nn.Parameter(tensor)
-        param.grad = distribute_tensor(torch.arange(15.0).view(5, 3), mesh, [placement])
+    # Of torch's own layers on the same ranks; the last gradient is not cut as its parameter.
+    for placement, grads_placement in ((Shard(0), Shard(0)), (Replicate(), Replicate()), (Shard(0), Shard(1))):
+        param = nn.Parameter(distribute_tensor(torch.ones(5, 3), mesh, [placement]))
+        param.grad = distribute_tensor(torch.arange(15.0).view(5, 3), mesh, [grads_placement])
         result.append(param)
     return result
 
@@ -171,15 +171,14 @@ def _ranks(rank: int, world: int, seed: int, sizes: dict[str, int]) -> None:
     pp, _, tp = (mesh.get_local_rank(name) for name in ("pp", "dp", "tp"))
     stages = []
     for stage in range(sizes.get("pp", 1)):
-        extra = nn.Parameter(torch.ones(5, 3))
-        extra.grad = torch.arange(15.0).view(5, 3)
-        twin = nn.Parameter(torch.ones(5, 3))
-        twin.grad = extra.grad.clone()
-        stages.append([*parameters(seed + stage, torch.float32), extra, twin])
+        extra = [nn.Parameter(torch.ones(5, 3)) for _ in range(DTENSORS)]
+        for param in extra:
+            param.grad = torch.arange(15.0).view(5, 3)
+        stages.append([*parameters(seed + stage, torch.float32), *extra])
     whole = [param for stage in stages for param in stage]
     for norm_type in NORMS:
         before = grads(stages[pp])
-        own = cut(stages[pp][:-2], mesh.get_group("tp"), mesh["tp"])
+        own = cut(stages[pp][:-DTENSORS], mesh.get_group("tp"), mesh["tp"])
         norm = pyshard.clip_grad_norm_(own, 2.0, mesh, norm_type)
         exact = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in grads(whole)]), norm_type)
         # The 2-norm and the maximum are exact but for the last rounding; a p-norm is that of norms in fp32.
@@ -191,11 +190,16 @@ def _ranks(rank: int, world: int, seed: int, sizes: dict[str, int]) -> None:
         scale = 2.0 / (float(norm) + 1e-6)
         for i, (param, was) in enumerate(zip(own, before, strict=True)):
             shard = getattr(param, "tensor_shard", None)
-            got = param.grad.full_tensor() if i >= len(own) - 2 else param.grad
+            got = param.grad.full_tensor() if i >= len(own) - DTENSORS else param.grad
             want = was if shard is None else shard.cut(was)
             torch.testing.assert_close(got, want * scale, rtol=2**-22, atol=0)
+    if "pp" in sizes:  # a stage without parameters takes part
+        own = cut(stages[pp][:-DTENSORS], mesh.get_group("tp"), mesh["tp"])
+        norm = pyshard.clip_grad_norm_(own if pp == 0 else [], math.inf, mesh)
+        exact = torch.cat([g.double().flatten() for g in grads(stages[0])]).norm()
+        torch.testing.assert_close(norm.double(), exact, rtol=2**-24, atol=0)
     # One rank has no gradient of a cut parameter, and one a NaN: all still agree.
-    own = cut(stages[pp][:-2], mesh.get_group("tp"), mesh["tp"])
+    own = cut(stages[pp][:-DTENSORS], mesh.get_group("tp"), mesh["tp"])
     if tp == 0:
         own[0].grad = None
     assert pyshard.clip_grad_norm_(own, 2.0, mesh).isfinite()

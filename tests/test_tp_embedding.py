@@ -1,5 +1,6 @@
 """VocabParallelEmbedding against torch.nn.Embedding: the same bits, forward and gradient, however the rows are cut."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -119,6 +120,12 @@ def _module(rank: int, world: int, seed: int) -> None:
     ours.reset_parameters()
     torch.manual_seed(seed)
     assert_same_bits(ours.weight.detach(), nn.Embedding(rows, 3, 1, dtype=torch.bfloat16).weight.detach()[begin:end])
+    twin = copy.deepcopy(nn.Sequential(ours))[0]
+    assert twin.group is ours.group and tensor_shard(twin.weight) == tensor_shard(ours.weight)
+    assert_same_bits(twin.weight.detach(), ours.weight.detach())
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert ours.weight.any()
     ours.double()
     shard = tensor_shard(ours.weight)
     assert shard is not None and shard.shape == (rows, 3) and shard.dim == 0 and shard.rank == rank

@@ -6,6 +6,7 @@ Each rank looks up the tokens whose rows it holds and the ranks' results are add
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,14 @@ class VocabParallelEmbedding(nn.Module):
         super()._apply(fn, recurse)
         set_tensor_shard(self.weight, self.shard)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VocabParallelEmbedding:
+        """As any module's: a parameter of its own, told its cut. The group, which cannot be copied, is shared."""
+        new = type(self).__new__(type(self))
+        memo |= {id(self): new, id(self.group): self.group, id(self.shard): self.shard}
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        set_tensor_shard(new.weight, self.shard)
+        return new
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
