@@ -1,8 +1,8 @@
 """Whether to overlap a matmul with its communication, and in how many chunks.
 
-The first call of a shape runs without overlap and times both parts; that is the one measurement. From it a model of the
-pipeline predicts the time of every candidate, "no overlap" among them. Ranks compare notes and take the slowest of
-each, so they choose alike, and the choice stays. Results do not depend on it: sums are in rank order in any case.
+The first call of a shape is timed without overlap and in one chunk, and so is its matmul alone. More chunks are
+predicted by a model of the pipeline. Ranks compare notes and take the slowest of each, so they choose alike, and the
+choice stays. Results do not depend on it: sums are in rank order in any case.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import struct
 from dataclasses import dataclass
 
 # What one more matmul and message cost beside their work: calls, threads that wake up. Measured on two ranks of one
-# thread: 25 us over shm, 60 us over gloo.
-_PER_CHUNK = {"shm": 25e-6, "ring": 60e-6}
-_OTHER = 15e-6  # symm_mem: a launch and a signal
+# thread over gloo.
+_PER_CHUNK = 60e-6  # seconds
 
 
 @dataclass(frozen=True)
@@ -33,67 +32,70 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Seconds of the matmul alone, and of the call without overlap and in one chunk."""
+
+    matmul: float
+    apart: float
+    overlapped: float
+
+    def pack(self) -> bytes:
+        """For the other ranks."""
+        return struct.pack("<ddd", self.matmul, self.apart, self.overlapped)
+
+
+@dataclass(frozen=True)
 class Choice:
-    """chunks 0: no overlap."""
+    """Chunks; 0: no overlap."""
 
     chunks: int
-    matmul: float  # seconds, as measured
-    transfer: float
-    predicted: dict[int, float]  # seconds of each candidate
+    times: Times | None = None  # None: it was set, not measured
+    predicted: tuple[tuple[int, float], ...] = ()  # chunks and seconds
 
     @property
     def why(self) -> str:
         """In words, with the numbers that it came from."""
-        if not self.predicted:
-            return "as set"
-        found = f"matmul {1e3 * self.matmul:.2f} ms, communication {1e3 * self.transfer:.2f} ms"
-        ways = ", ".join(
-            f"{1e3 * time:.2f} {f'in {chunks}' if chunks else 'without'}" for chunks, time in self.predicted.items()
+        if self.times is None:
+            return "as set by chunks="
+        times = self.times
+        text = (
+            f"measured {1e3 * times.matmul:.2f} ms for the matmul, {1e3 * times.apart:.2f} with the communication "
+            f"after or before it, {1e3 * times.overlapped:.2f} in 1 chunk"
         )
-        return f"{found}; predicted (ms): {ways}"
+        more = ", ".join(f"{1e3 * time:.2f} in {chunks}" for chunks, time in self.predicted)
+        return f"{text}; predicted {more}" if more else text
 
 
-def candidates(most: int) -> list[int]:
-    """Numbers of chunks to choose from; 0 is no overlap."""
-    return [0] + [chunks for chunks in (1, 2, 4, 8, 16) if chunks <= most]
+def choose(kind: str, world: int, most: int, measured: list[bytes]) -> Choice:
+    """The fastest number of chunks up to `most`, by what all ranks have measured (Times.pack)."""
+    times = Times(*(max(column) for column in zip(*(struct.unpack("<ddd", told) for told in measured), strict=True)))
+    transfer = max(times.apart - times.matmul, 0.0)
+
+    def predict(chunks: int) -> float:
+        return _pipeline(kind, chunks, times.matmul, transfer, world)
+
+    # What the model says of more chunks, from where the measurement of one is.
+    more = tuple(
+        (chunks, times.overlapped + predict(chunks) - predict(1)) for chunks in (2, 4, 8, 16) if chunks <= most
+    )
+    all_of_them = [(0, times.apart), (1, times.overlapped), *more]
+    return Choice(min(all_of_them, key=lambda one: one[1])[0], times, more)
 
 
-def predict(kind: str, chunks: int, matmul: float, transfer: float, world: int, each: float) -> float:
-    """Seconds of a call, given those of its whole matmul and its whole communication."""
-    if chunks == 0:
-        return matmul + transfer
+def _pipeline(kind: str, chunks: int, matmul: float, transfer: float, world: int) -> float:
+    """Seconds of a call in chunks, given those of its whole matmul and its whole communication."""
     own, others = matmul / world, matmul * (world - 1) / world
     if kind == "gather":
         # This rank's rows first; then chunk after chunk as they arrive.
         end = own
         for chunk in range(1, chunks + 1):
-            end = max(end, transfer * chunk / chunks) + others / chunks + each
+            end = max(end, transfer * chunk / chunks) + others / chunks + _PER_CHUNK
         return end
-    if kind == "scatter":
-        # The others' rows leave chunk after chunk; this rank's own rows hide the last ones.
-        sent = computed = 0.0
-        for _ in range(chunks):
-            computed += others / chunks + each
-            sent = max(sent, computed) + transfer / chunks
-        return max(computed + own, sent)
-    sent = computed = 0.0  # total: all rows leave
+    if kind == "total":  # all rows leave
+        own, others = 0.0, matmul
+    # The others' rows leave chunk after chunk; this rank's own rows hide the last ones.
+    sent = computed = 0.0
     for _ in range(chunks):
-        computed += matmul / chunks + each
+        computed += others / chunks + _PER_CHUNK
         sent = max(sent, computed) + transfer / chunks
-    return sent
-
-
-def choose(kind: str, transport: str, world: int, most: int, measured: list[bytes]) -> Choice:
-    """The fastest candidate by what all ranks have measured (pack_times)."""
-    times = [struct.unpack("<dd", told) for told in measured]
-    matmul, transfer = max(time[0] for time in times), max(time[1] for time in times)
-    each = _PER_CHUNK.get(transport, _OTHER)
-    predicted = {
-        chunks: predict(kind, chunks, matmul, transfer, world, each if chunks else 0.0) for chunks in candidates(most)
-    }
-    return Choice(min(predicted, key=lambda chunks: predicted[chunks]), matmul, transfer, predicted)
-
-
-def pack_times(matmul: float, transfer: float) -> bytes:
-    """What ranks tell each other."""
-    return struct.pack("<dd", matmul, transfer)
+    return max(computed + own, sent)

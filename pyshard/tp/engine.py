@@ -11,17 +11,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import blocking
-from .choose import Choice, Shape, choose, pack_times
+from .choose import Choice, Shape, Times, choose
 from .matmul import bias_gradient, input_gradient, matmul_into, weight_gradient
 from .workspace import TRANSPORTS, Compute, Gather, Scatter, Total, Workspace
 
 _TIMEOUT = 300.0  # seconds
+_MEASUREMENTS = 3  # of each candidate, of which the fastest counts: the first may prepare kernels and memory
+
+Result = TypeVar("Result")
 
 _settings: dict[str, Settings] = {}  # by name of the group
 _workspaces: dict[str, Workspace] = {}
@@ -123,22 +127,22 @@ def column_forward(
     if space.transport is None:
         return _linears(blocking.all_gather(x, 1, sizes, space.group), weights, biases)
     name = "all-gather and matmul"
-    shape = _shape("gather", x.shape[0], sizes, x.shape[2], weights, x.dtype)
-    choice = _choice(space, shape)
-    with _telling(space, name):
-        if choice is None or choice.chunks == 0:
-            start = _start(space, name, choice is None)
-            whole = Gather(space, x, sizes, 1, name).whole()
-            transfer = _seconds(start, x)
-            outs = _linears(whole, weights, biases)
-            if choice is None:
-                _measured(space, shape, _time(lambda: _linears(whole, weights, biases), x), transfer)
-            return outs
-        outs = [x.new_empty(x.shape[0], sum(sizes), weight.shape[0]) for weight in weights]
-        for begin, rows in Gather(space, x, sizes, choice.chunks, name):
+    whole = sum(sizes)
+
+    def call(chunks: int) -> list[Tensor]:
+        if chunks == 0:
+            return _linears(Gather(space, x, sizes, 1, name).whole(), weights, biases)
+        outs = [x.new_empty(x.shape[0], whole, weight.shape[0]) for weight in weights]
+        for begin, rows in Gather(space, x, sizes, chunks, name):
             for weight, bias, out in zip(weights, biases, outs, strict=True):
                 matmul_into(rows, weight, out[:, begin : begin + rows.shape[1]], bias)
         return outs
+
+    def matmul() -> object:
+        return _linears(x.new_zeros(x.shape[0], whole, x.shape[2]), weights, biases)
+
+    shape = Shape("gather", x.shape[0], tuple(sizes), x.shape[2], _outputs(weights), str(x.dtype))
+    return _chosen(space, shape, name, call, matmul)
 
 
 def column_backward(
@@ -199,7 +203,8 @@ def row_forward(
     Args:
         x: [outer, sum(sizes), D_rank]. weight: [F, D_rank]. bias: [F], the same on all ranks.
     """
-    shape = _shape("scatter" if scattered else "total", x.shape[0], sizes, x.shape[2], [weight], x.dtype)
+    kind = "scatter" if scattered else "total"
+    shape = Shape(kind, x.shape[0], tuple(sizes), x.shape[2], (weight.shape[0],), str(x.dtype))
 
     def compute(begin: int, end: int, out: Tensor) -> None:
         matmul_into(x[:, begin:end], weight, out)
@@ -231,27 +236,28 @@ def row_backward(
         whole = blocking.all_gather(grad, 1, sizes, space.group)
     elif scattered:
         name = "all-gather of the gradient and matmul"
+        keep = need_weight or need_bias
+
+        def call(chunks: int) -> tuple[Tensor | None, Tensor]:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+            if chunks == 0 or out is None:
+                gathered = Gather(space, grad, sizes, 1, name).whole()
+                if out is not None:
+                    input_gradient([gathered], [weight], out)
+                return out, gathered
+            gathered = grad.new_empty(x.shape[0], x.shape[1], grad.shape[2]) if keep else grad
+            for begin, rows in Gather(space, grad, sizes, chunks, name):
+                end = begin + rows.shape[1]
+                input_gradient([rows], [weight], out[:, begin:end])
+                if keep:
+                    gathered[:, begin:end] = rows
+            return out, gathered
+
+        def matmul() -> object:
+            return grad.new_zeros(x.shape[0], x.shape[1], grad.shape[2]) @ weight
+
         shape = Shape("gather", x.shape[0], tuple(sizes), weight.shape[0], (weight.shape[1],), str(x.dtype))
-        choice = _choice(space, shape)
-        with _telling(space, name):
-            if choice is None or choice.chunks == 0:
-                start = _start(space, name, choice is None)
-                whole = Gather(space, grad, sizes, 1, name).whole()
-                transfer = _seconds(start, x)
-                if choice is None:
-                    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-                    out = dx
-                    _measured(space, shape, _time(lambda: input_gradient([whole], [weight], out), x), transfer)
-            else:
-                keep = need_weight or need_bias
-                whole = grad.new_empty(x.shape[0], x.shape[1], grad.shape[2]) if keep else grad
-                dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-                for begin, rows in Gather(space, grad, sizes, choice.chunks, name):
-                    end = begin + rows.shape[1]
-                    if dx is not None:
-                        input_gradient([rows], [weight], dx[:, begin:end])
-                    if keep:
-                        whole[:, begin:end] = rows
+        dx, whole = _chosen(space, shape, name, call, matmul)
     if need_x and dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         input_gradient([whole], [weight], dx)
@@ -270,95 +276,82 @@ def _reduced(
     """The sum over ranks of what compute() writes; between() runs while the last parts are on their way."""
     whole = sum(shape.sizes)
     (columns,) = shape.outputs
+    scattered = shape.kind == "scatter"
 
-    def all_rows() -> Tensor:
+    def matmul() -> Tensor:
         out = torch.empty(shape.outer, whole, columns, dtype=dtype, device=space.device)
         compute(0, whole, out)
         return out
 
     if space.transport is None:
-        partial = all_rows()
-        if shape.kind == "scatter":
+        partial = matmul()
+        if scattered:
             result = blocking.reduce_scatter(partial, 1, shape.sizes, space.group, bias)
         else:
             result = blocking.all_reduce(partial, space.group, bias)
         if between is not None:
             between()
         return result
-    name = "matmul and reduce-scatter" if shape.kind == "scatter" else "matmul and all-reduce"
-    make = Scatter if shape.kind == "scatter" else Total
-    choice = _choice(space, shape)
-    with _telling(space, name):
-        if choice is not None and choice.chunks:
-            sums = make(space, shape.outer, shape.sizes, columns, dtype, choice.chunks, name)
-            sums.run(compute)
-            if between is not None:
-                between()
-            return sums.result(bias)
-        partial = all_rows()
-        matmul = _time(all_rows, partial) if choice is None else 0.0
-        start = _start(space, name, choice is None)
-        sums = make(space, shape.outer, shape.sizes, columns, dtype, 1, name)
-        sums.run(lambda begin, end, out: _copy(partial[:, begin:end], out))
-        if between is not None and choice is not None:
+    name = "matmul and reduce-scatter" if scattered else "matmul and all-reduce"
+    make = Scatter if scattered else Total
+
+    def call(chunks: int) -> Tensor:
+        sums = make(space, shape.outer, shape.sizes, columns, dtype, chunks, name)
+        sums.run(compute)
+        if between is not None and measured:
             between()
-        result = sums.result(bias)
-        if choice is None:
-            _measured(space, shape, matmul, _seconds(start, partial))
-            if between is not None:
-                between()
-        return result
+        return sums.result(bias)
 
-
-def _copy(source: Tensor, out: Tensor) -> None:
-    out.copy_(source)
+    measured = _known(space, shape) is not None
+    result = _chosen(space, shape, name, call, matmul)
+    if between is not None and not measured:
+        between()
+    return result
 
 
 def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     return [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
-def _shape(
-    kind: str, outer: int, sizes: Sequence[int], inputs: int, weights: Sequence[Tensor], dtype: torch.dtype
-) -> Shape:
-    return Shape(kind, outer, tuple(sizes), inputs, tuple(weight.shape[0] for weight in weights), str(dtype))
+def _outputs(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(weight.shape[0] for weight in weights)
 
 
-def _choice(space: Workspace, shape: Shape) -> Choice | None:
+def _known(space: Workspace, shape: Shape) -> Choice | None:
     """What was chosen for the shape; None: it is to be measured now."""
     forced = _settings.get(space.group.group_name, Settings()).chunks
     known = _choices[space.group.group_name]
     if shape not in known and forced is not None:
-        known[shape] = Choice(min(forced, space.slots), 0.0, 0.0, {})
+        known[shape] = Choice(min(forced, space.slots))
     return known.get(shape)
 
 
-def _measured(space: Workspace, shape: Shape, matmul: float, transfer: float) -> None:
-    told = space.exchange(pack_times(matmul, transfer), f"choosing how to overlap {shape.kind}")
-    chosen = choose(shape.kind, space.name, space.world, space.slots, told)
-    _choices[space.group.group_name][shape] = chosen
+def _chosen(
+    space: Workspace, shape: Shape, name: str, call: Callable[[int], Result], matmul: Callable[[], object]
+) -> Result:
+    """call(chunks) with what is best for the shape, which its first call finds out."""
+    with _telling(space, name):
+        choice = _known(space, shape)
+        if choice is not None:
+            return call(choice.chunks)
+        alone, apart, overlapped = [], [], []
+        for _ in range(_MEASUREMENTS):
+            alone.append(_seconds(space, name, matmul)[0])
+            apart.append(_seconds(space, name, lambda: call(0))[0])
+            seconds, result = _seconds(space, name, lambda: call(1))
+            overlapped.append(seconds)
+        told = space.exchange(Times(min(alone), min(apart), min(overlapped)).pack(), f"choosing how to overlap {name}")
+        _choices[space.group.group_name][shape] = choose(shape.kind, space.world, space.slots, told)
+        return result
 
 
-def _start(space: Workspace, name: str, measuring: bool) -> float:
-    """Now, when all ranks are here: a rank that comes late is not what a link costs."""
-    if measuring:
-        space.exchange(b"", f"measuring {name}")
-        _settle(space.device)
-    return time.perf_counter()
-
-
-def _seconds(start: float, x: Tensor) -> float:
-    _settle(x.device)
-    return time.perf_counter() - start
-
-
-def _time(call: Callable[[], object], x: Tensor) -> float:
-    """Seconds of a call, the second of two: the first one may prepare kernels."""
-    call()
-    _settle(x.device)
+def _seconds(space: Workspace, name: str, call: Callable[[], Result]) -> tuple[float, Result]:
+    """Of a call that all ranks begin together: a rank that comes late is not what a link costs."""
+    space.exchange(b"", f"measuring {name}")
     start = time.perf_counter()
-    call()
-    return _seconds(start, x)
+    result = call()
+    _settle(space.device)
+    return time.perf_counter() - start, result
 
 
 def _settle(device: torch.device) -> None:

@@ -40,6 +40,10 @@ _SLOTS, _SLOTS_IN_PLACE = 8, 2
 Compute = Callable[[int, int, Tensor], None]
 
 
+def _copy(source: Tensor, out: Tensor) -> None:
+    out.copy_(source)
+
+
 class Slot:
     """Memory of one chunk on this rank, and its counterparts on the others."""
 
@@ -267,7 +271,7 @@ class Scatter:
     """Sums over ranks of [outer, all rows, columns]; each rank gets the rows that are its own.
 
     run() computes what the other ranks own first, chunk by chunk, each on its way while the next is computed, and this
-    rank's own rows last; result() adds up in rank order.
+    rank's own rows last; result() adds up in rank order. With chunks=0 all rows are computed at once.
     """
 
     def __init__(
@@ -280,13 +284,34 @@ class Scatter:
         chunks: int,
         operation: str,
     ):
-        self._space, self._operation = space, operation
+        self._space, self._operation, self._at_once = space, operation, chunks == 0
         self._blocks = _Blocks(space, operation, outer, sizes, columns, dtype, chunks)
         self._slots: list[Slot] = []
         self._own = torch.empty(0)
 
     def run(self, compute: Compute) -> None:
         """Calls compute(begin, end, out) for parts of the rows that together are all of them."""
+        blocks = self._blocks
+        if self._at_once and self._space.in_place:
+            self._fill_at_once(compute)
+        elif self._at_once:
+            partial = self._empty(sum(blocks.sizes))
+            compute(0, partial.shape[1], partial)
+            self._fill(lambda begin, end, out: _copy(partial[:, begin:end], out))
+        else:
+            self._fill(compute)
+
+    def _fill_at_once(self, compute: Compute) -> None:
+        """Peers read their rows where they are."""
+        blocks = self._blocks
+        whole = sum(blocks.sizes)
+        slot = self._space.take(blocks.nbytes(whole), self._operation)
+        blocks.write_header(slot.memory, whole)
+        compute(0, whole, blocks.block(slot.memory, whole))
+        slot.send([(0, blocks.nbytes(whole))] * self._space.world)
+        self._slots.append(slot)
+
+    def _fill(self, compute: Compute) -> None:
         space, blocks = self._space, self._blocks
         for chunk in range(blocks.chunks):
             rows = [blocks.rows(rank, chunk) for rank in range(space.world)]
@@ -303,14 +328,23 @@ class Scatter:
             slot.send(spans)
             self._slots.append(slot)
         begin, end = bounds(blocks.sizes, space.rank)
-        self._own = torch.empty(blocks.outer, end - begin, blocks.columns, dtype=blocks.dtype, device=space.device)
+        self._own = self._empty(end - begin)
         if end > begin:
             compute(begin, end, self._own)
 
     def result(self, bias: Tensor | None = None) -> Tensor:
         """[outer, this rank's rows, columns]: the sums and the bias."""
         blocks, me = self._blocks, self._space.rank
-        first, _ = bounds(blocks.sizes, me)
+        first, last = bounds(blocks.sizes, me)
+        if self._at_once and self._space.in_place:
+            (slot,) = self._slots
+            whole = sum(blocks.sizes)
+            parts = [blocks.read(memory, r, whole)[:, first:last] for r, memory in enumerate(slot.arrive())]
+            own = self._empty(last - first)
+            if last > first:
+                sum_in_order(parts, own, bias)
+            slot.release()
+            return own
         for chunk, slot in enumerate(self._slots):
             begin, end = blocks.rows(me, chunk)
             own = self._own[:, begin - first : end - first]
@@ -322,6 +356,10 @@ class Scatter:
                 sum_in_order(parts, own, bias)
             slot.release()
         return self._own
+
+    def _empty(self, rows: int) -> Tensor:
+        blocks = self._blocks
+        return torch.empty(blocks.outer, rows, blocks.columns, dtype=blocks.dtype, device=self._space.device)
 
 
 class Total:
