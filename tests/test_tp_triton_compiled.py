@@ -1,4 +1,4 @@
-"""What the tensor-parallel matmul kernels consist of when compiled for sm_80 and sm_90, which needs no GPU."""
+"""What the tensor-parallel matmul kernels consist of when compiled for sm_80, sm_90 and sm_100, which needs no GPU."""
 
 import re
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="needs Triton, which compiles without a GPU
 
 GATHER, SCATTER = "gather_matmul.gather_matmul_kernel", "matmul_scatter.matmul_scatter_kernel"
 BIG, ODD, FP32 = (asdict(t) for t in (triton_tp._TILES_16, triton_tp._TILES_16_ODD, triton_tp._TILES_32))
+UNITS = {80: "mma", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-@pytest.fixture(scope="module", params=[80, 90], ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(scope="module", params=[80, 90, 100], ids=lambda arch: f"sm_{arch}")
 def code(request: pytest.FixtureRequest) -> dict[str, Compiled]:
     arch, requests = request.param, {}
     for name, kernel in (("gather", GATHER), ("scatter", SCATTER)):
@@ -61,15 +62,17 @@ def test_16_bit_operands_go_to_tensor_cores_and_are_summed_in_fp32(code: dict[st
     for name, made in code.items():
         if name.startswith(("tell", "sum")):
             continue
-        found = set(lines(made, r"(?:mma|wgmma\.mma_async)\.[\w.:]+"))
+        found = set(lines(made, r"(?:mma|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+"))
         if "fp32" in name:
             assert not found, name  # they would round the operands to fewer bits
             continue
-        kind = "bf16" if "bf16" in name else "f16"
-        unit = "wgmma.mma_async" if ".target sm_90a" in made.ptx else "mma"
+        types = ".f32.bf16.bf16" if "bf16" in name else ".f32.f16.f16"
+        if ".target sm_100a" in made.ptx:
+            types = ".kind::f16"  # of both; a descriptor tells which
+        unit = next(u for a, u in UNITS.items() if f".target sm_{a}" in made.ptx)
         assert found, name
         for opcode in found:
-            assert opcode.startswith(unit) and f".f32.{kind}.{kind}" in opcode, f"{name}: {opcode}"
+            assert opcode.startswith(unit) and types in opcode, f"{name}: {opcode}"
 
 
 @pytest.mark.parametrize("name", ["gather bf16", "scatter bf16", "gather fp16 of 2, w.t()", "scatter fp16 of 2, w.t()"])

@@ -97,7 +97,7 @@ def local(matmul: SymmMemMatmul, x: Tensor, weight: Tensor) -> Tensor:
     counters = torch.zeros(1, dtype=torch.int64, device=x.device)
     flags = triton_tp.Flags(0, 0)
     alone = triton_tp.Peers(matmul._scatter.peers.buffers, matmul.transport.state, 0, 1, 0)
-    triton_tp.matmul_scatter(x, weight, [out.data_ptr()], [x.shape[0]], counters, alone, flags, matmul.tiles)
+    triton_tp.matmul_scatter(x, weight, [out.data_ptr()], [x.shape[0]], counters, alone, flags, tiles=matmul.tiles)
     return out
 
 

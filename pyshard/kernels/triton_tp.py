@@ -27,7 +27,7 @@ class Tiles:
     band: int = 8  # blocks of rows that are worked on together
     warps: int = 8
     stages: int = 3  # loads of k terms under way
-    programs: int = 0  # at most; 0: one per multiprocessor but a few
+    programs: int = 0  # at most; 0: one per multiprocessor that is not spared
 
 
 # Chosen by what compiles for sm_80 and sm_90 without spills, with all stages in shared memory; not measured on a GPU.
@@ -35,7 +35,7 @@ _TILES_16 = Tiles(128, 128, 64, stages=4)
 _TILES_16_ODD = Tiles(64, 64, 32, warps=4)  # rows that cannot be read 16 bytes at a time
 _TILES_32 = Tiles(64, 64, 16, stages=2)  # without tensor cores, which would round fp32 operands
 _TILES_INTERPRETED = Tiles(16, 16, 16, band=2, programs=3)  # so that tests have several tiles, and several per program
-# Multiprocessors that no program of a matmul holds while it waits: they run the kernels that it waits for.
+# Multiprocessors that no program of a matmul holds while it waits: they run what it waits for. Not measured on a GPU.
 SPARE_PROCESSORS = 4
 
 
@@ -66,6 +66,7 @@ def gather_matmul(
     ready: Flags,
     chunk_rows: int,
     operation: int,
+    spare: int = SPARE_PROCESSORS,
     tiles: Tiles | None = None,
 ) -> None:
     """out = (rows of all ranks) @ weight^T + bias, each tile as soon as the rows that it needs are there.
@@ -78,6 +79,7 @@ def gather_matmul(
         ready: flags that say that a peer's rows 0 to chunk_rows - 1 are there. Those of its next chunk are `world`
             words further.
         operation: number of waiting for chunk 0; of chunk c it is c more.
+        spare: multiprocessors that are left to other kernels.
     """
     file = _file("gather_matmul")
     (m, n), k = out.shape, x.shape[1]
@@ -85,8 +87,8 @@ def gather_matmul(
     pointers = (x, weight, _bits(bias), _bits(out), _parts(parts, sizes, x), peers.buffers, peers.state)
     flags = (peers.me, chunk_rows, ready.offset, ready.value, peers.limit, operation)
     aligned = _aligned(x, k, (a for rank, a in enumerate(parts) if rank != peers.me))
-    constants = _constants(x, n, k, len(sizes), aligned, _aligned(out, n), tiles)
-    blocks, device = _programs(m, n, x.device, tiles), x.device
+    constants = _constants(x, n, k, sizes, aligned, _aligned(out, n), tiles)
+    blocks, device = _programs(m, n, x.device, tiles, spare), x.device
     _launch(file.gather_matmul_kernel, blocks, device, *pointers, m, n, k, *weight.stride(), *flags, **constants)
 
 
@@ -98,6 +100,7 @@ def matmul_scatter(
     counters: Tensor,
     peers: Peers,
     ready: Flags,
+    spare: int = SPARE_PROCESSORS,
     tiles: Tiles | None = None,
 ) -> None:
     """Stores x @ weight^T, rounded to x's dtype, in parts, and raises this rank's flag at each peer for its part.
@@ -108,15 +111,17 @@ def matmul_scatter(
         parts: address to which each rank's rows are written, [sizes[rank], N].
         sizes: numbers of rows of all ranks; their sum is M.
         counters: int64 [world] of zeros, for this launch alone.
+        spare: multiprocessors that are left to other kernels.
     """
     file = _file("matmul_scatter")
     (m, k), n = x.shape, weight.shape[0]
     tiles = tiles or tiles_for(x, weight)
     pointers = (x, weight, _parts(parts, sizes, x), counters, peers.buffers, peers.state)
     aligned = n * x.element_size() % 16 == 0 and all(address % 16 == 0 for address in parts)
-    constants = _constants(x, n, k, len(sizes), _aligned(x, k), aligned, tiles)
+    constants = _constants(x, n, k, sizes, _aligned(x, k), aligned, tiles)
     arguments = (m, n, k, *weight.stride(), peers.me, ready.offset, ready.value)
-    _launch(file.matmul_scatter_kernel, _programs(m, n, x.device, tiles), x.device, *pointers, *arguments, **constants)
+    blocks, device = _programs(m, n, x.device, tiles, spare), x.device
+    _launch(file.matmul_scatter_kernel, blocks, device, *pointers, *arguments, **constants)
 
 
 def sum_parts(parts: Sequence[int], bias: Tensor | None, out: Tensor, state: Tensor) -> None:
@@ -153,24 +158,27 @@ def _aligned(tensor: Tensor, width: int, addresses: Any = ()) -> bool:
     return rows and all(address % 16 == 0 for address in (tensor.data_ptr(), *addresses))
 
 
-def _constants(x: Tensor, n: int, k: int, world: int, aligned: bool, out_aligned: bool, tiles: Tiles) -> dict[str, Any]:
+def _constants(
+    x: Tensor, n: int, k: int, sizes: Sequence[int], aligned: bool, out_aligned: bool, tiles: Tiles
+) -> dict[str, Any]:
     return {
         "DTYPE": DTYPE_CODES[x.dtype],
-        "WORLD": world,
+        "WORLD": len(sizes),
         "EVEN": n % tiles.n == 0 and k % tiles.k == 0,
         "ALIGNED": aligned,
         "OUT_ALIGNED": out_aligned,
         "BLOCK_M": tiles.m,
         "BLOCK_N": tiles.n,
         "BLOCK_K": tiles.k,
-        "GROUP": tiles.band,
+        # A band of the rows of several ranks would wait for the later ones.
+        "GROUP": max(min(tiles.band, max(sizes) // tiles.m), 1),
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }
 
 
-def _programs(m: int, n: int, device: torch.device, tiles: Tiles) -> int:
+def _programs(m: int, n: int, device: torch.device, tiles: Tiles, spare: int) -> int:
     most = tiles.programs
     if not most:
-        most = max(torch.cuda.get_device_properties(device).multi_processor_count - SPARE_PROCESSORS, 1)
+        most = max(torch.cuda.get_device_properties(device).multi_processor_count - spare, 1)
     return min(-(-m // tiles.m) * -(-n // tiles.n), most)

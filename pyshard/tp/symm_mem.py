@@ -53,6 +53,7 @@ class SymmMemMatmul:
         timeout: seconds until a rank that does not answer is an error; a transport has its own.
         device: of the tensors; None: the current CUDA device, else the CPU (in Triton's interpreter, for tests).
         in_place: see the top of this file.
+        spare_processors: multiprocessors of a GPU that its matmuls leave to what they wait for, and to other streams.
 
     Raises:
         RuntimeError: the group cannot use symmetric memory; says why.
@@ -66,6 +67,7 @@ class SymmMemMatmul:
         *,
         device: torch.device | None = None,
         in_place: bool = False,
+        spare_processors: int = triton_tp.SPARE_PROCESSORS,
     ):
         self._owned = not isinstance(group, SymmMemTransport)
         if isinstance(group, SymmMemTransport):
@@ -79,6 +81,7 @@ class SymmMemMatmul:
             )
         self.transport, self.in_place = transport, in_place
         self.rank, self.world, self.device = transport.rank, transport.world, transport.device
+        self.spare_processors = spare_processors
         self.tiles: triton_tp.Tiles | None = None  # instead of those that fit the shapes
         self.chunk_bytes = CHUNK_BYTES
         self.pause: Callable[[str], None] = lambda what: None  # called before this rank gives something; for tests
@@ -120,11 +123,11 @@ class SymmMemMatmul:
         outs = [x.new_empty(rows, weight.shape[0]) for weight in weights]
         with self._beside():
             self._give_rows(slot, x, 0 if self.in_place else begins[self.rank], chunk_rows)
-        ready = Flags(slot.ready, slot.epoch)
+        ready, cut = Flags(slot.ready, slot.epoch), (self.spare_processors, self.tiles)
         peers, number = self._gather.peers, self._chunk_number
         for weight, bias, out in zip(weights, biases, outs, strict=True):
             bias = bias if bias is None else bias.contiguous()
-            triton_tp.gather_matmul(x, weight, bias, out, parts, sizes, peers, ready, chunk_rows, number, self.tiles)
+            triton_tp.gather_matmul(x, weight, bias, out, parts, sizes, peers, ready, chunk_rows, number, *cut)
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)  # x is free after this
         slot.release()
@@ -160,7 +163,9 @@ class SymmMemMatmul:
         out = x.new_empty(rows, weight.shape[0])
         slot.reclaim()
         self.pause(_SCATTER)
-        triton_tp.matmul_scatter(x, weight, parts, sizes, counters, self._scatter.peers, ready, self.tiles)
+        triton_tp.matmul_scatter(
+            x, weight, parts, sizes, counters, self._scatter.peers, ready, self.spare_processors, self.tiles
+        )
         if out.numel():
             if self.world > 1:
                 number = self.transport.number(f"{_SCATTER}, the chunk of rank {self.transport.ranks[self.rank]}")
