@@ -128,6 +128,12 @@ def _clipping(rank: int, world: int, seed: int, tp: int, dp: int) -> None:
         check_params(model, whole, f"sharded={sharded}", rtol=2**-7, atol=1e-6)
         assert same_everywhere({n: model[n].float().tolist() for n in ("norm", "plain", "scalar")}, mesh)
         assert "squares of the gradients" in opt.explain()
+    # Kernels of a device, here in the interpreter, sum up over ranks by another path.
+    model = model_of(seed, mesh.tp, dtypes)
+    opt = optimizer_of(model, mesh, False, max_grad_norm=1.0, backend="triton")
+    found.append(train(model, opt, mesh, seed, dtypes, 1, dp))
+    assert found.pop() == found[0][:1]
+    check_params(model, expected(seed, dp, dtypes, 1, max_grad_norm=1.0)[0], "triton", rtol=2**-7, atol=1e-6)
     assert found[0] == found[1]  # whatever the number of data-parallel ranks
     assert same_everywhere(found, mesh)
 

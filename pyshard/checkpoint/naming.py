@@ -64,9 +64,9 @@ def cut_params(model: nn.Module) -> dict[str, Tensor]:
     for name, param in unwrapped(model).named_parameters(remove_duplicate=False):
         if cut_of(param) is not None and found.get(plain(name)) is not param:
             raise ValueError(
-                f"{name} is a part of a parameter of shape {whole_shape(param)}, and the model's state_dict() does not "
-                "have it under its name; expected the parameter itself. Leave out hooks that change the state_dict of "
-                "tensor-parallel modules."
+                f"{name} is a part of a parameter of shape {tuple(whole_shape(param))}, and the model's state_dict() "
+                "does not have it under its name; expected the parameter itself. Leave out hooks that change the "
+                "state_dict of tensor-parallel modules."
             )
     return found
 

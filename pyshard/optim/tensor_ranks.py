@@ -4,9 +4,10 @@ An update is elementwise and needs nothing of them. Only what concerns all gradi
 them is not finite, and GradScaler's inf. Where a step needs that, every rank sends one message of 56 bytes to its
 group and hears those of the others, so that all take the same decision from the same bits:
 
-    sum of squares = of whole parameters, as the group's first rank has it, + of cut ones, in rank order
+    sum of squares = of whole parameters, as the group's first rank has it, + (of cut ones, summed up in rank order)
 
-It does not depend on how many data-parallel ranks there are. The same message says if a rank has failed, so that no
+Launches on a device give the same bits without the host (Launch.over_ranks), where whole gradients are the same. The
+sum does not depend on how many data-parallel ranks there are. The same message says if a rank has failed, so that no
 other waits for it. Parameters say of what they are a part by their `tensor_shard` (placement.py).
 """
 
@@ -130,10 +131,10 @@ class TensorRanks:
             )
         if any(infs) and not found_inf:
             _tell_scaler()
-        total = wholes[0]
-        for part in cuts:
-            total += part
-        return Agreed(any(infs), total)
+        together = cuts[0]
+        for part in cuts[1:]:
+            together += part
+        return Agreed(any(infs), wholes[0] + together)
 
     def fail(self, error: BaseException) -> None:
         """Tells the ranks that wait that this one does not take the step."""
