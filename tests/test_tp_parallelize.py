@@ -12,6 +12,7 @@ from ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from pyshard import tp
 from pyshard.placement import tensor_shard
 from pyshard.tp.layers import ColumnParallelLinear, RowParallelLinear
 from pyshard.tp.parallelize import parallelize
@@ -50,6 +51,12 @@ def build(kind: str, seed: int, **changes: Any) -> nn.Module:
         else:
             nn.init.normal_(param, std=0.15)
     return model.train()
+
+
+def settle(world: int) -> None:
+    """Beside 2 ranks, where chunks are chosen by measuring, transports of two chunks and of none."""
+    if world != 2:
+        tp.configure(dist.group.WORLD, transport="auto" if world == 3 else "blocking", chunks=2 if world == 3 else None)
 
 
 def batch(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -118,6 +125,7 @@ GPT2: list[tuple[str, dict[str, Any]]] = [
 
 
 def _models(rank: int, world: int, seed: int) -> None:
+    settle(world)
     for (kind, changes), parallel in itertools.product(LLAMA + GPT2, [True, False]):
         kv_heads = changes.get("num_key_value_heads", 4)
         if kind != "gpt2" and kv_heads < world:
@@ -136,6 +144,7 @@ def test_models_against_whole_ones(world: int, seed: int) -> None:
 
 
 def _checkpointing(rank: int, world: int, seed: int) -> None:
+    settle(world)
     for kind, reentrant, parallel in itertools.product(["llama", "gpt2"], [True, False], [True, False]):
         whole, model = build(kind, seed), build(kind, seed)
         parallelize(model, dist.group.WORLD, sequence_parallel=parallel)
@@ -157,6 +166,7 @@ def test_activation_checkpointing(world: int, seed: int) -> None:
 
 
 def _cut_logits(rank: int, world: int, seed: int) -> None:
+    settle(world)
     for kind, parallel in itertools.product(["llama", "gpt2"], [True, False]):
         whole, model = build(kind, seed), build(kind, seed)
         parallelize(model, dist.group.WORLD, sequence_parallel=parallel, gather_logits=False)
@@ -177,6 +187,7 @@ def test_loss_of_cut_logits(world: int, seed: int) -> None:
 
 
 def _generate(rank: int, world: int, seed: int) -> None:
+    settle(world)
     for kind, parallel in itertools.product(["llama", "qwen3", "gpt2"], [True, False]):
         whole, model = build(kind, seed).eval(), build(kind, seed).eval()
         parallelize(model, dist.group.WORLD, sequence_parallel=parallel)
@@ -198,6 +209,7 @@ def test_greedy_generation(world: int, seed: int) -> None:
 
 
 def _state(rank: int, world: int, seed: int) -> None:
+    settle(world)
     for kind, tied in itertools.product(["llama", "gpt2", "qwen2"], [True, False]):
         whole = build(kind, seed, tie_word_embeddings=tied)
         other = build(kind, seed + 1, tie_word_embeddings=tied)
@@ -265,6 +277,7 @@ PLAN: dict[str, str | Rule] = {
 
 
 def _by_name(rank: int, world: int, seed: int) -> None:
+    settle(world)
     torch.manual_seed(seed % 1000)
     whole = Mlp()
     model = parallelize(copy.deepcopy(whole), init_device_mesh("cpu", (world,)), PLAN)
@@ -287,6 +300,7 @@ def test_plans_by_name(world: int, seed: int) -> None:
 
 def _frozen(rank: int, world: int, seed: int) -> None:
     """Norms that are trained only later still have their gradients summed; base models need no output layer."""
+    settle(world)
     whole, model = build("llama", seed), build("llama", seed)
     for net in (whole, model):
         net.requires_grad_(False)
@@ -317,6 +331,7 @@ def test_frozen_base_and_meta_models(world: int, seed: int) -> None:
 
 
 def _errors(rank: int, world: int, seed: int) -> None:
+    settle(world)
     group = dist.group.WORLD
 
     def head_norm(model: Any) -> Any:

@@ -93,6 +93,11 @@ class _ParallelLinear(nn.Module):
         shape = tuple(weight.shape)
         out_features, in_features = shape[::-1] if transposed else shape
         # On the meta device, where making the whole costs nothing; the parts come from the module.
+        if transposed and options["main_grad"]:
+            raise ValueError(
+                f"{cls.__name__}.from_linear: main_grad=True for a Conv1D, whose weight is stored as [in, out]; "
+                "expected an nn.Linear. Leave main_grad out."
+            )
         layer = cls(in_features, out_features, bias is not None, **options, device="meta", dtype=weight.dtype)
         layer.transposed = transposed
         for key, old in (("weight", weight), ("bias", bias)):

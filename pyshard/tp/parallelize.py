@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..placement import TensorShard, set_tensor_shard, tensor_shard
 from .embedding import VocabParallelEmbedding
-from .layers import ColumnParallelLinear, RowParallelLinear, SequenceContext, SharedInput
+from .layers import ColumnParallelLinear, RowParallelLinear, SequenceContext, SharedInput, is_conv1d
 from .plans import Cut, Plan, Rule, make_plan
 from .sequence import cut_sequence, sum_gradients
 
@@ -49,7 +50,7 @@ def parallelize(
             dict the caller cuts the sequence, evenly, and marks norms as "summed".
         gather_logits: False: the output layer's logits stay cut along the vocabulary, for vocab_parallel_cross_entropy;
             the model's own loss of `labels` is computed from the cut logits; generate() is an error.
-        main_grad: gradients of cut weights accumulate in fp32.
+        main_grad: gradients of cut nn.Linear weights accumulate in fp32, except those of tied weights.
 
     Random numbers: dropout of hidden states that are whole must be the same on all ranks, so seed all ranks alike.
     Dropout of attention, and of hidden states that are cut along the sequence, then has the same mask on each rank's
@@ -67,6 +68,8 @@ def parallelize(
         if sequence_parallel is None:
             sequence_parallel = made.route is not None
         _check_head(model, made, gather_logits)
+        if main_grad:
+            _check_main_grad(model, made)
     except (ValueError, TypeError) as failure:
         error = failure
     options = repr((plan, sequence_parallel, gather_logits, main_grad))
@@ -75,14 +78,18 @@ def parallelize(
     context = SequenceContext()
     cut_in_route = sequence_parallel and made.route is not None
     memo: dict[int, nn.Parameter] = {}
+    uses = Counter(id(param) for module in model.modules() for param in module.parameters(recurse=False))
+    tied = {key for key, count in uses.items() if count > 1}
     for cut in made.cuts:
         # The output layer sees whole hidden states: they are gathered after the last norm.
         cut_sequence_here = bool(sequence_parallel) and not (cut.name == made.head and made.route is not None)
         gather = cut.role == "column_gather" and (gather_logits or cut.name != made.head)
-        layer = _layer(model.get_submodule(cut.name), cut, group, cut_sequence_here, gather, main_grad)
+        old = model.get_submodule(cut.name)
+        own_grad = main_grad and not any(id(param) in tied for param in old.parameters())
+        layer = _layer(old, cut, group, cut_sequence_here, gather, own_grad)
         if cut_in_route and not isinstance(layer, VocabParallelEmbedding):
             layer.context = context
-        _tie(model.get_submodule(cut.name), layer, memo)
+        _tie(old, layer, memo)
         parent, _, key = cut.name.rpartition(".")
         setattr(model.get_submodule(parent), key, layer)
     shared = {
@@ -168,6 +175,15 @@ def _check_head(model: nn.Module, plan: Plan, gather_logits: bool) -> None:
             f"pyshard.tp.parallelize: gather_logits=False for a {name}; expected a causal language model of a built-in "
             "plan, whose loss can be computed from cut logits. Leave it out."
         )
+
+
+def _check_main_grad(model: nn.Module, plan: Plan) -> None:
+    for cut in plan.cuts:
+        if is_conv1d(model.get_submodule(cut.name)):
+            raise ValueError(
+                f"pyshard.tp.parallelize: main_grad=True, and {cut.name} is a Conv1D, whose weight is stored as [in, "
+                "out]; expected nn.Linear only. Leave main_grad out."
+            )
 
 
 def _agree(model: nn.Module, options: str, error: Exception | None, group: dist.ProcessGroup) -> None:
