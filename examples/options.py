@@ -60,6 +60,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("--steps", type=int, default=STEPS, metavar="N", help="length of the training; default: %(default)s")
     flag("--stop-at", type=int, metavar="N", help="end early, after step N of --steps, as if interrupted")
     flag("--seed", type=int, default=0, metavar="N", help="seed of weights, batches and sample; default: 0")
+    flag(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cut the layers over groups of N ranks (tensor parallel), and the batch over the groups; default: 1",
+    )
     flag("--save", type=Path, metavar="PATH", help=SAVE)
     flag("--resume", type=Path, metavar="PATH", help=RESUME)
     flag("--no-compare", action="store_true", help="leave out all runs but the one that is saved")
@@ -81,9 +88,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if BATCH % WORLD:
+    if options.tp < 1 or WORLD % options.tp:
+        raise ValueError(f"--tp is {options.tp}, expected a number that divides the {WORLD} ranks")
+    sharers = WORLD // options.tp
+    if BATCH % sharers:
         raise ValueError(
-            f"{WORLD} ranks, expected a number that divides the batch of {BATCH} sequences; give torchrun "
+            f"{sharers} ranks, expected a number that divides the batch of {BATCH} sequences; give torchrun "
             "--nproc-per-node 2"
         )
     if options.steps <= 0:

@@ -14,6 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from pyshard import ShardedAdamW
 from pyshard.optim.sharded_explain import held_bytes
+from pyshard.tp import full_state_dict
 
 MEAN_OVER = 50  # steps in the training loss of the table: the loss of one batch alone is too noisy to compare
 KINDS = ("weights", "gradients", "slots", "moments", "master weights")
@@ -37,7 +38,8 @@ class Record:
 class Run:
     """One training run by one way to train: `build` gives the network to call and the optimizer, for a model.
 
-    With `alone` the first rank trains on whole batches, with the threads of all ranks; else each on its part.
+    With `alone` the first rank trains on whole batches, with the threads of all ranks; else each on its part, which
+    `tp` ranks that hold the model together share.
     """
 
     model: GPT
@@ -51,13 +53,14 @@ class Run:
         title: tuple[str, str],
         build: Callable[[GPT], tuple[nn.Module, torch.optim.Optimizer]],
         alone: bool = False,
+        tp: int = 1,
     ) -> None:
         self.name = name
         self.title = title
         self.build = build
         self.alone = alone
         self.here = FIRST or not alone
-        self.part = (0, 1) if alone else (RANK, WORLD)
+        self.part = (0, 1) if alone else (RANK // tp, WORLD // tp)
         self.threads = torch.get_num_threads() * (WORLD if alone else 1)
         self.record = Record()
         self.validation_loss = math.nan
@@ -86,7 +89,7 @@ class Run:
         """
         if self.here:
             self.record.memory = self.memory()
-            self.record.weights = [digest(self.model.parameters())]
+            self.record.weights = [digest(full_state_dict(self.model).values())]
         records = [record for record in gather(self.record if self.here else None) if record]
         weights = [digest for record in records for digest in record.weights]
         if len(set(weights)) > 1:

@@ -5,7 +5,8 @@
 
 The loop in `train` is an ordinary torch loop. In one process pyshard changes the import of AdamW in it. On several
 ranks each one trains on its part of each batch, ShardedAdamW averages the gradients and keeps one part of the
-optimizer's state on each: no wrapper around the model. baseline.py is what torch needs for the same.
+optimizer's state on each: no wrapper around the model. baseline.py is what torch needs for the same. With --tp 2 the
+layers of the model are cut over ranks instead (ways.py says how), or as well, where there are more ranks than that.
 """
 
 import json
@@ -87,17 +88,23 @@ def take_turns(runs: list[Run], options: Namespace) -> None:
         run.gather()
 
 
-def show(runs: list[Run], options: Namespace) -> None:
-    """Table, sample, picture."""
-    torch.set_num_threads(max(run.threads for run in runs))
+def finish(runs: list[Run], options: Namespace) -> str:
+    """Validates all runs, and samples text from the last one; all ranks do, since some hold a model together."""
     for run in runs:
-        run.validate(*options.text.validation_batch(size=64))
+        if run.here:
+            torch.set_num_threads(run.threads)
+            run.validate(*options.text.validation_batch(size=64))
+    return runs[-1].model.generate(b"The ", length=options.sample, seed=options.seed)
+
+
+def show(runs: list[Run], sample: str, options: Namespace) -> None:
+    """Table, sample, picture."""
     print(table(runs))
     ours = runs[-1]
     if isinstance(ours.optimizer, ShardedAdamW):
         print(EXPLANATION.format(ours.optimizer.transport().name, ours.optimizer.transport().why))
     print(f"\nA sample of the model that {ours.label} trained:\n")
-    print(ours.model.generate(b"The ", length=options.sample, seed=options.seed))
+    print(sample)
     if options.record:
         records = {run.name: {"losses": run.record.losses, "weights": run.record.weights} for run in runs}
         options.record.write_text(json.dumps(records))
@@ -108,15 +115,16 @@ def show(runs: list[Run], options: Namespace) -> None:
 def main() -> None:
     group.join()
     options = parse()
-    runs = ways(options.dtype, options.no_compare)
+    runs = ways(options)
     for run in runs:
         prepare(run, options)
     take_turns(runs, options)
     if options.save:
         save(options.save, runs[-1], config=options.config, step=options.stop_at)
         print(f"\nCheckpoint: {options.save}")
+    sample = finish(runs, options)
     if group.FIRST:
-        show(runs, options)
+        show(runs, sample, options)
     group.leave()
 
 

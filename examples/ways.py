@@ -1,5 +1,6 @@
 """The ways to train that the demo compares: what each does with a fresh model."""
 
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from group import WORLD
 from report import Run
 from torch import nn
 
-from pyshard import AdamW, ShardedAdamW
+from pyshard import AdamW, ShardedAdamW, init_mesh, tp
 
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 1.0}
 # MB. Gradients pass through three slots of this size, or of the largest bucket. With the default, made for larger
@@ -27,6 +28,23 @@ def sharded(model: GPT, stage: int) -> Way:
     return model, ShardedAdamW(model.parameters(), stage=stage, bucket_mb=BUCKET, **SETTINGS)
 
 
+def tensor_parallel(model: GPT, size: int) -> Way:
+    """Attention heads and the features of the two-layer networks cut over `size` ranks; the batch over the others."""
+    mesh = init_mesh(dp=WORLD // size, tp=size)
+    width = model.blocks[0].head_width
+    plan = {
+        "blocks.*.qkv": tp.Rule("column", parts=3, unit=width),
+        "blocks.*.attention_out": tp.Rule("row", unit=width),
+        "blocks.*.up": "column",
+        "blocks.*.down": "row",
+    }
+    tp.parallelize(model, mesh, plan)
+    if mesh["dp"].size() == 1:
+        return model, AdamW(model.parameters(), **SETTINGS)
+    group = mesh["dp"].get_group()
+    return model, ShardedAdamW(model.parameters(), process_group=group, bucket_mb=BUCKET, **SETTINGS)
+
+
 def torch_alone(model: GPT) -> Way:
     return model, TorchAdamW(model.parameters(), **SETTINGS)
 
@@ -39,11 +57,17 @@ def torch_zero(model: GPT) -> Way:
     return averaged(model), ZeroAdamW(model.parameters(), **SETTINGS)
 
 
-def ways(dtype: torch.dtype, no_compare: bool) -> list[Run]:
+def ways(options: Namespace) -> list[Run]:
     """The runs to make. The last one is pyshard's; it is saved, and gives the sample."""
+    no_compare = options.no_compare
     if WORLD == 1:
         ours = Run("pyshard", ("pyshard.AdamW", ""), fused)
         return [ours] if no_compare else [Run("torch", ("torch.optim.AdamW", ""), torch_alone), ours]
+    if options.tp > 1:
+        size = options.tp
+        title = ("tensor parallel", f"tp {size}, dp {WORLD // size}")
+        ours = Run("tp", title, lambda model: tensor_parallel(model, size), tp=size)
+        return [ours] if no_compare else [Run("torch", ("torch AdamW", "one process"), torch_alone, alone=True), ours]
     ours = Run("stage2", ("ShardedAdamW", "stage 2"), lambda model: sharded(model, 2))
     if no_compare:
         return [ours]
@@ -54,7 +78,7 @@ def ways(dtype: torch.dtype, no_compare: bool) -> list[Run]:
         Run("stage1", ("ShardedAdamW", "stage 1"), lambda model: sharded(model, 1)),
         ours,
     ]
-    if dtype != torch.float32:
+    if options.dtype != torch.float32:
         print("ZeroRedundancyOptimizer is left out: torch keeps no fp32 master weights in it.")
         runs = [run for run in runs if run.name != "zero"]
     return runs

@@ -346,6 +346,7 @@ def test_bad_input_on_two_ranks_is_one_line_and_code_2(two: TwoRanks) -> None:
         (["--steps", "5", "--stop-at", "6"], "--stop-at is 6, expected 1 to 5"),
         (["--steps", "5", "--stop-at", "0"], "--stop-at is 0, expected 1 to 5"),
         (["--seed", "-1"], "--seed is -1, expected 0 to"),
+        (["--tp", "2"], "--tp is 2, expected a number that divides the 1 ranks"),
         (["--sample", "-1"], "--sample is -1, expected at least 0"),
         (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (["--text", "{tmp}/missing.txt"], "--text {tmp}/missing.txt: No such file or directory"),

@@ -13,6 +13,7 @@ _LATER = {
     "RowParallelLinear": "layers",
     "VocabParallelEmbedding": "embedding",
     "vocab_parallel_cross_entropy": "cross_entropy",
+    "Rule": "plans",
     "parallelize": "parallelize",
     "load_state_dict": "state_dict",
     "full_state_dict": "state_dict",
