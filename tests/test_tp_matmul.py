@@ -54,13 +54,52 @@ def test_values_and_gradients(world: int, transport: str, chunks: int | None, se
     ranks.run(_transport, world, transport, chunks, seed)
 
 
+def _in_triton(rank: int, world: int, chunks: int, seed: int) -> None:
+    """Small ones: the interpreter is slow. One chunk is the fused kernel, none the copies between signals."""
+    from pyshard import tp
+    from pyshard.tp import engine
+
+    group = dist.group.WORLD
+    tp.configure(group, transport="symm_mem", timeout=60, chunks=chunks)
+    fused, calls = engine.workspace(group, torch.device("cpu")).fused, set()
+
+    def counted(name: str) -> Any:
+        method = getattr(fused, name)
+        return lambda *arguments: calls.add(name) or method(*arguments)
+
+    for name in ("all_gather_matmul", "matmul_reduce_scatter"):
+        setattr(fused, name, counted(name))
+    for dtype in (torch.float32, torch.bfloat16):
+        tp_cases.column(seed, (), 7, 16, [5, 8], -2, dtype, True)
+        tp_cases.column(seed + 1, (), 6, 16, [8], -2, dtype, False)
+        tp_cases.row(seed + 2, (), 7, 24, 8, -2, dtype, True, True)
+        tp_cases.row(seed + 3, (2,), 3, 24, 8, 1, dtype, False, True)
+        tp_cases.row(seed + 4, (2,), 3, 24, 8, 1, dtype, True, False)
+        tp_cases.copied(seed + 5, (2, 3), 16, [8, 5], dtype)
+    assert calls == ({"all_gather_matmul", "matmul_reduce_scatter"} if chunks else set())
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_values_and_gradients_in_triton(world: int, chunks: int, seed: int) -> None:
+    ranks.run(_in_triton, world, chunks, seed, seconds=200)
+
+
 def _whole_numbers(rank: int, world: int, seed: int) -> dict[str, Any]:
     """Products of whole numbers are exact, so that the bits of results are those of the sums over ranks."""
     from pyshard import tp
 
     group = dist.group.WORLD
     found: dict[str, Any] = {}
-    for transport, chunks in [("shm", 1), ("shm", 2), ("ring", 1), ("ring", 2), ("ring", 7), ("blocking", None)]:
+    for transport, chunks in [
+        ("shm", 1),
+        ("shm", 2),
+        ("ring", 1),
+        ("ring", 2),
+        ("ring", 7),
+        ("symm_mem", 1),
+        ("blocking", None),
+    ]:
         tp.configure(group, transport=transport, timeout=30, chunks=chunks)
         for dtype in (torch.float32, torch.bfloat16):
             g = torch.Generator().manual_seed(seed + rank)

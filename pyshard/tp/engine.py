@@ -132,6 +132,9 @@ def column_forward(
     def call(chunks: int) -> list[Tensor]:
         if chunks == 0:
             return _linears(Gather(space, x, sizes, 1, name).whole(), weights, biases)
+        if _fused(space, x):
+            assert space.fused is not None
+            return [out[None] for out in space.fused.all_gather_matmul(x[0], weights, biases, sizes)]
         outs = [x.new_empty(x.shape[0], whole, weight.shape[0]) for weight in weights]
         for begin, rows in Gather(space, x, sizes, chunks, name):
             for weight, bias, out in zip(weights, biases, outs, strict=True):
@@ -192,7 +195,8 @@ def column_backward(
     kind = "scatter" if gathered else "total"
     columns = sum(weight.shape[0] for weight in weights)
     shape = Shape(kind, x.shape[0], tuple(sizes), columns, (x.shape[2],), str(x.dtype))
-    return _reduced(space, shape, x.dtype, compute, None, between), found
+    product = (grads[0], weights[0].t()) if len(weights) == 1 else None
+    return _reduced(space, shape, x.dtype, compute, product, None, between), found
 
 
 def row_forward(
@@ -209,7 +213,7 @@ def row_forward(
     def compute(begin: int, end: int, out: Tensor) -> None:
         matmul_into(x[:, begin:end], weight, out)
 
-    return _reduced(space, shape, x.dtype, compute, bias, None)
+    return _reduced(space, shape, x.dtype, compute, (x, weight), bias, None)
 
 
 def row_backward(
@@ -270,10 +274,14 @@ def _reduced(
     shape: Shape,
     dtype: torch.dtype,
     compute: Compute,
+    product: tuple[Tensor, Tensor] | None,
     bias: Tensor | None,
     between: Callable[[], None] | None,
 ) -> Tensor:
-    """The sum over ranks of what compute() writes; between() runs while the last parts are on their way."""
+    """The sum over ranks of what compute() writes; between() runs while the last parts are on their way.
+
+    product: the x and weight whose x @ weight.T compute() writes, if it is just one.
+    """
     whole = sum(shape.sizes)
     (columns,) = shape.outputs
     scattered = shape.kind == "scatter"
@@ -296,6 +304,12 @@ def _reduced(
     make = Scatter if scattered else Total
 
     def call(chunks: int) -> Tensor:
+        if chunks and scattered and product is not None and _fused(space, product[0]):
+            assert space.fused is not None
+            out = space.fused.matmul_reduce_scatter(product[0][0], product[1], bias, shape.sizes)[None]
+            if between is not None and measured:
+                between()
+            return out
         sums = make(space, shape.outer, shape.sizes, columns, dtype, chunks, name)
         sums.run(compute)
         if between is not None and measured:
@@ -311,6 +325,11 @@ def _reduced(
 
 def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     return [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def _fused(space: Workspace, x: Tensor) -> bool:
+    """True if a kernel does matmul and communication at once: for x [1, rows, columns] of its dtypes."""
+    return space.fused is not None and x.shape[0] == 1 and x.dtype != torch.float64
 
 
 def _outputs(weights: Sequence[Tensor]) -> tuple[int, ...]:

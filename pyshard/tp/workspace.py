@@ -16,6 +16,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,10 @@ from ..comm import Arena, Transport
 from ..comm.choose import choose
 from .splits import bounds
 from .sums import sum_in_order
+
+if TYPE_CHECKING:
+    from ..comm.symm_mem import SymmMemTransport
+    from .symm_mem import SymmMemMatmul
 
 TRANSPORTS = ("auto", "shm", "ring", "symm_mem", "blocking")
 _NAMES = {"ring": "collective"}  # what pyshard.comm calls it
@@ -87,6 +92,11 @@ class Workspace:
             made = choose("pyshard.tp", _NAMES.get(transport, transport), group, device, timeout)
             self.transport, self.why = made, made.why
             self.name = "ring" if made.name == "collective" else made.name
+        self.fused: SymmMemMatmul | None = None  # matmuls that wait for their peers themselves
+        if self.name == "symm_mem":
+            from .symm_mem import SymmMemMatmul  # imports Triton, which not every machine has
+
+            self.fused = SymmMemMatmul(cast("SymmMemTransport", self.transport), timeout)
         self.slots = _SLOTS_IN_PLACE if self.in_place else _SLOTS
         self._lanes: dict[int, list[tuple[Arena, list[bool]]]] = {}  # by bytes of a slot
         self._turns: dict[int, int] = {}
@@ -141,6 +151,8 @@ class Workspace:
     def close(self) -> None:
         """Gives the memory back and leaves the other ranks; harmless when repeated."""
         self._lanes.clear()
+        if self.fused is not None:
+            self.fused.close()
         if self.transport is not None:
             self.transport.close()
 
