@@ -96,16 +96,9 @@ def workspace(group: dist.ProcessGroup, device: torch.device) -> Workspace:
         return space
 
 
-def explain(group: dist.ProcessGroup) -> str:
-    """Which transport the group uses, and for each shape how its call is overlapped, with the measurement behind it."""
-    space = _workspaces.get(group.group_name)
-    if space is None:
-        return "no tensor-parallel call yet"
-    lines = [f"transport {space.name}: {space.why}; {space.nbytes / 2**20:.1f} MB of slots on this rank"]
-    for shape, choice in _choices[group.group_name].items():
-        how = f"overlapped, {choice.chunks} chunks" if choice.chunks else "not overlapped"
-        lines.append(f"  {shape.kind} {shape}: {how} ({choice.why})")
-    return "\n".join(lines)
+def chosen(group: dist.ProcessGroup) -> tuple[Workspace | None, dict[Shape, Choice]]:
+    """What the group uses, and what was chosen for each shape so far; for explain()."""
+    return _workspaces.get(group.group_name), dict(_choices.get(group.group_name, {}))
 
 
 def column_forward(

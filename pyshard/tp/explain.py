@@ -1,0 +1,94 @@
+"""What tensor-parallel layers do, and why: for people who ask whether communication is overlapped."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+
+from . import engine
+from .choose import Choice, Shape
+from .embedding import VocabParallelEmbedding
+from .layers import ColumnParallelLinear, RowParallelLinear
+
+_Layer = ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding
+
+
+def explain(what: nn.Module | dist.ProcessGroup) -> str:
+    """A text that says which transport each group uses and why, and for each layer what it exchanges when, whether that
+    is overlapped, and the measurement that decided it.
+
+    Args:
+        what: a model, whose layers are named, or a process group, of which all shapes so far are listed. What no call
+            has needed yet is not decided yet.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(what, dist.ProcessGroup):
+        _, choices = engine.chosen(what)
+        return "\n".join([_group(what), *(f"  {_choice(shape, choice)}" for shape, choice in choices.items())])
+    if not isinstance(what, nn.Module):
+        raise TypeError(f"pyshard.tp.explain: got a {type(what).__name__}; expected a model or a process group")
+    layers = {name: module for name, module in what.named_modules() if isinstance(module, _Layer)}
+    if not layers:
+        return "no tensor-parallel layers; pyshard.tp.parallelize makes them"
+    lines = []
+    for group in dict.fromkeys(layer.group for layer in layers.values()):
+        lines.append(_group(group))
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name, layer in layers.items():
+            if layer.group is group:
+                alike.setdefault((_doing(layer), *_choices(layer)), []).append(name)
+        for (doing, *choices), names in alike.items():
+            lines.append(f"  {', '.join(names)}: {doing}")
+            lines += [f"    {choice}" for choice in choices]
+    return "\n".join(lines)
+
+
+def _group(group: dist.ProcessGroup) -> str:
+    space, _ = engine.chosen(group)
+    ranks = dist.get_process_group_ranks(group)
+    if len(ranks) == 1:
+        return f"ranks {ranks}: one rank, nothing to exchange"
+    if space is None:
+        return f"ranks {ranks}: no call yet, so no transport"
+    return f"ranks {ranks}, transport {space.name}: {space.why}; {space.nbytes / 2**20:.1f} MB of slots on this rank"
+
+
+def _doing(layer: _Layer) -> str:
+    if isinstance(layer, VocabParallelEmbedding):
+        return "embedding cut along the vocabulary; the rows found are summed over ranks"
+    if isinstance(layer, ColumnParallelLinear):
+        shared = layer.shared
+        with_others = (
+            f", one exchange for {len(shared.layers)} layers that read the same input" if shared is not None else ""
+        )
+        if layer.sequence_parallel:
+            return f"column; forward gathers the rows, backward gathers and reduce-scatters them{with_others}"
+        return f"column; backward all-reduces the gradient of the input{with_others}"
+    if layer.sequence_parallel:
+        return "row; forward reduce-scatters the rows, backward gathers them"
+    return "row; forward all-reduces the output"
+
+
+def _choices(layer: _Layer) -> list[str]:
+    """Of the shapes that are this layer's, told by their numbers of columns."""
+    if isinstance(layer, VocabParallelEmbedding):
+        return []
+    layers = layer.shared.layers if isinstance(layer, ColumnParallelLinear) and layer.shared is not None else [layer]
+    kinds = ("gather", "scatter") if layer.sequence_parallel else ("total",)
+    outs = tuple(one.matrix.shape[0] for one in layers)
+    inner = layer.matrix.shape[1]
+    forward, backward = (inner, outs), (sum(outs), (inner,))
+    _, choices = engine.chosen(layer.group)
+    return [
+        _choice(shape, choice)
+        for shape, choice in choices.items()
+        if shape.kind in kinds and (shape.inputs, shape.outputs) in (forward, backward)
+    ]
+
+
+def _choice(shape: Shape, choice: Choice) -> str:
+    what = {"gather": "all-gather", "scatter": "reduce-scatter", "total": "all-reduce"}[shape.kind]
+    how = f"overlapped in {choice.chunks} chunk{'s' * (choice.chunks > 1)}" if choice.chunks else "not overlapped"
+    return f"{what} and matmul {shape}: {how}, {choice.why}"
