@@ -1,5 +1,6 @@
 """Checkpoints of tensor-parallel models: saved at one number of tensor- and data-parallel ranks, loaded at another."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,10 @@ def _through_dcp(rank: int, world: int, seed: int, root: str) -> None:
             if tp > 1:
                 assert type(held["state"]["row"]["exp_avg"]) is FlatShard
                 assert held["state"]["row"]["exp_avg"].shape == (33, 67)
-            dcp.save(held, checkpoint_id=paths[tp, dp, name])
+            if name == "AdamW":
+                dcp.save(held, checkpoint_id=paths[tp, dp, name])
+            else:
+                dcp.async_save(copy.deepcopy(held), checkpoint_id=paths[tp, dp, name]).result()
             close(opt)
     for path in paths.values():
         for (tp, dp), mesh in meshes.items():

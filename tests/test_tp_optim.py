@@ -1,6 +1,7 @@
 """Optimizers of parameters that are cut over tensor-parallel ranks, against one process that holds the whole."""
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -293,23 +294,27 @@ def test_a_group_of_one(seed: int) -> None:
     run(_one_process, 1, seed)
 
 
-def _lost(rank: int, world: int, seed: int) -> Any:
-    import os
-
-    mesh = make_mesh(rank, world, 2, 1)
+def _lost(rank: int, world: int, seed: int, sharded: bool) -> Any:
+    mesh = make_mesh(rank, world, 2, world // 2)
     assert mesh is not None
     model = model_of(seed, mesh.tp)
-    opt = optimizer_of(model, mesh, False, max_grad_norm=1.0)
+    opt = optimizer_of(model, mesh, sharded, max_grad_norm=1.0)
     set_gradients(model, gradients(seed, 0, (F32,)))
     opt.step()
-    if rank == 1:
+    before = model["plain"].detach().clone()
+    if rank == world - 1:
         os._exit(1)
     set_gradients(model, gradients(seed, 0, (F32,)))
-    with pytest.raises(PeerError, match=r"one of \[1\]") as caught:
+    with pytest.raises(PeerError) as caught:
         opt.step()
-    return caught.value.rank
+    assert torch.equal(before, model["plain"])
+    return str(caught.value)
 
 
-def test_a_lost_rank_is_named(seed: int) -> None:
-    outcomes = run(_lost, 2, seed, quiet=True)
-    assert (outcomes[0].error, outcomes[0].value) == (None, 1)
+@pytest.mark.parametrize("world, sharded", [(2, False), (4, True)])
+def test_a_lost_rank_is_an_error_on_all(world: int, sharded: bool, seed: int) -> None:
+    """On its tensor-parallel ranks, on its data-parallel ranks, and on the tensor-parallel ranks of those."""
+    outcomes = run(_lost, world, seed, sharded, quiet=True, seconds=60)
+    for outcome in outcomes[:-1]:
+        assert outcome.error is None, outcome.trace
+    assert f"one of [{world - 1}]" in outcomes[world - 2].value

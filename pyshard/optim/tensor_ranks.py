@@ -162,7 +162,8 @@ class TensorRanks:
         """Raises ValueError on all ranks if they differ in settings or in the whole parameters. See agreement.check."""
         items: agreement.Items = []
         if problem is None:
-            items = agreement.describe(self.who, {"options": optimizer.options}, optimizer.param_groups, whole=True)
+            settings = {"options": optimizer.options, "stage": getattr(optimizer, "stage", None)}
+            items = agreement.describe(self.who, settings, optimizer.param_groups, whole=True)
         agreement.check(self.who, self.group, self.ranks, items, problem)
         self.compared = True
 
