@@ -1,6 +1,8 @@
 """Column- and row-parallel layers on 1 to 4 ranks against nn.Linear: values, every gradient, shapes and errors."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from ranks import run
 from torch import Tensor, nn
 
 from pyshard.placement import tensor_shard
+from pyshard.tp import layers as layers_module
 from pyshard.tp.layers import ColumnParallelLinear, RowParallelLinear, SharedInput
 from pyshard.tp.splits import bounds, split_sizes
 
@@ -178,6 +181,23 @@ def test_from_existing_layers(world: int, seed: int) -> None:
     run(_from_linear, world, seed)
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many layers each matmul with communication served."""
+    calls: list[int] = []
+    real = layers_module.column_outputs
+
+    def counting(layers: Any, *args: Any) -> Any:
+        calls.append(len(layers))
+        return real(layers, *args)
+
+    layers_module.column_outputs = counting
+    try:
+        yield calls
+    finally:
+        layers_module.column_outputs = real
+
+
 def _shared(rank: int, world: int, seed: int) -> None:
     group = dist.group.WORLD
     torch.manual_seed(seed % 1000)
@@ -187,7 +207,9 @@ def _shared(rank: int, world: int, seed: int) -> None:
         shared = SharedInput(layers)
         x = torch.randn(world * 2, 4, requires_grad=True)
         mine = (_cut(x, [2] * world, rank, 0) if parallel else x).detach().clone().requires_grad_()
-        outs = [layer(mine) for layer in layers]
+        with counted() as calls:
+            outs = [layer(mine) for layer in layers]
+        assert calls == [3]  # one call of all three
         assert not shared._outputs and shared._key is None
         for out, module in zip(outs, whole):
             _same("shared output", out, _cut(module(x), split_sizes(module.out_features, world), rank, -1))

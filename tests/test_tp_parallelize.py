@@ -271,7 +271,7 @@ class Mlp(nn.Module):
 PLAN: dict[str, str | Rule] = {
     "table": "vocab",
     "qkv": Rule("column", parts=3, unit=2),
-    "down": "row",
+    "down": Rule("row", unit=2),
     "he*": "column_gather",
 }
 
@@ -311,8 +311,9 @@ def _frozen(rank: int, world: int, seed: int) -> None:
     whole, model = build("gpt2", seed).transformer, build("gpt2", seed).transformer
     parallelize(model, dist.group.WORLD)
     ids, _ = batch(seed, 2, 5)
+    weights = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(seed))
     for net in (whole, model):
-        net(ids).last_hidden_state.square().sum().backward()
+        (net(ids).last_hidden_state * weights).mean().backward()
     same_gradients(model, whole, "base")
     # From the meta device: the model is cut before it has weights.
     whole = build("qwen3", seed)

@@ -129,7 +129,7 @@ class _ParallelLinear(nn.Module):
         if self.bias is not None:
             set_tensor_shard(self.bias, self._shard(self.bias))
         if self.main_grad:
-            self.weight.main_grad = True  # type: ignore[assignment]
+            self.weight.main_grad = True  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """A move from the meta device makes new parameters, which must be marked again."""

@@ -125,7 +125,7 @@ def _llama(model: nn.Module, world: int) -> Plan:
         _expect(model, attention, ("q_proj", "k_proj", "v_proj", "o_proj", *optional))
         _expect(model, mlp, ("gate_proj", "up_proj", "down_proj"))
         heads, kv_heads = _heads(model, attention)
-        head_dim = int(_attribute(model, attention, "head_dim"))
+        head_dim = _attribute(model, attention, "head_dim")
         for key in optional:
             _expect_size(model, f"{attention}.{key}", head_dim)
         kv_sizes = _cut_heads(f"{attention}.k_proj", "key-value heads", kv_heads, world)
@@ -160,8 +160,8 @@ def _gpt2(model: nn.Module, world: int) -> Plan:
         attention, mlp = f"{name}.attn", f"{name}.mlp"
         _expect(model, attention, ("c_attn", "c_proj"))
         _expect(model, mlp, ("c_fc", "c_proj"))
-        heads = int(_attribute(model, attention, "num_heads"))
-        head_dim = int(_attribute(model, attention, "head_dim"))
+        heads = _attribute(model, attention, "num_heads")
+        head_dim = _attribute(model, attention, "head_dim")
         width = heads * head_dim
         _expect_features(model, f"{attention}.c_attn", 0, 3 * width, f"{heads} heads of {head_dim}, three times")
         _expect_features(model, f"{attention}.c_proj", 1, width, f"{heads} heads of {head_dim}")
@@ -257,7 +257,7 @@ def _units(sizes: Sequence[int], unit: int = 1, parts: int = 1, width: int = 0) 
 
 def _heads(model: nn.Module, attention: str) -> tuple[int, int]:
     """Query heads and key-value heads, by the sizes of the projections."""
-    head_dim = int(_attribute(model, attention, "head_dim"))
+    head_dim = _attribute(model, attention, "head_dim")
     q, k, v = (_features(model, f"{attention}.{key}_proj")[0] for key in "qkv")
     o = _features(model, f"{attention}.o_proj")[1]
     if q % head_dim or k % head_dim or k != v or q != o or q % k:
@@ -265,7 +265,7 @@ def _heads(model: nn.Module, attention: str) -> tuple[int, int]:
             f"pyshard.tp.parallelize: {attention} has projections of {q}, {k} and {v} features out and {o} in; "
             f"expected whole heads of {head_dim}, as many keys as values, and a multiple of them of queries"
         )
-    groups = int(_attribute(model, attention, "num_key_value_groups"))
+    groups = _attribute(model, attention, "num_key_value_groups")
     if q // k != groups:
         raise ValueError(
             f"pyshard.tp.parallelize: {attention} has {q // head_dim} query heads and {k // head_dim} key-value heads, "
@@ -315,13 +315,13 @@ def _expect_size(model: nn.Module, name: str, size: int) -> None:
             )
 
 
-def _attribute(model: nn.Module, name: str, key: str) -> object:
+def _attribute(model: nn.Module, name: str, key: str) -> int:
     module = model.get_submodule(name)
     if not hasattr(module, key):
         raise ValueError(
             f"pyshard.tp.parallelize: {name}, a {type(module).__name__}, has no {key}; this plan does not fit it"
         )
-    return getattr(module, key)
+    return int(getattr(module, key))
 
 
 def _expect(model: nn.Module, name: str, children: Sequence[str]) -> None:
