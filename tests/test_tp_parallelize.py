@@ -280,7 +280,8 @@ def _by_name(rank: int, world: int, seed: int) -> None:
     settle(world)
     torch.manual_seed(seed % 1000)
     whole = Mlp()
-    model = parallelize(copy.deepcopy(whole), init_device_mesh("cpu", (world,)), PLAN)
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))
+    model = parallelize(copy.deepcopy(whole), mesh, PLAN)
     assert isinstance(model.qkv, ColumnParallelLinear) and isinstance(model.down, RowParallelLinear)
     ids = torch.randint(13, (3, 4))
     weights = torch.randn(3, 4, 7)
@@ -289,7 +290,8 @@ def _by_name(rank: int, world: int, seed: int) -> None:
     same("output", model(ids), whole(ids))
     same_gradients(model, whole)
     # Given whole inputs.
-    other = parallelize(copy.deepcopy(whole), dist.group.WORLD, {"down": "row_split", "head": "column_gather"})
+    flat = init_device_mesh("cpu", (world,))
+    other = parallelize(copy.deepcopy(whole), flat, {"down": "row_split", "head": "column_gather"})
     same("split output", other(ids), whole(ids))
 
 
@@ -315,6 +317,11 @@ def _frozen(rank: int, world: int, seed: int) -> None:
     for net in (whole, model):
         (net(ids).last_hidden_state * weights).mean().backward()
     same_gradients(model, whole, "base")
+    # Weight gradients in fp32, of a model that is fp32 itself; tied weights go the ordinary way.
+    for tied in (True, False):
+        whole, model = build("llama", seed, tie_word_embeddings=tied), build("llama", seed, tie_word_embeddings=tied)
+        parallelize(model, dist.group.WORLD, main_grad=True)
+        compare("main_grad", whole, model, rank, seed, (7, 4))
     # From the meta device: the model is cut before it has weights.
     whole = build("qwen3", seed)
     with torch.device("meta"):
@@ -405,6 +412,8 @@ def _errors(rank: int, world: int, seed: int) -> None:
         assert not any(tensor_shard(param) for param in model.parameters())
     with pytest.raises(ValueError, match="gather_logits=False for a Mlp"):
         parallelize(Mlp(), group, PLAN, gather_logits=False)
+    with pytest.raises(ValueError, match=r"attn.c_attn is a Conv1D"):
+        parallelize(build("gpt2", seed), group, main_grad=True)
     # Ranks that do not agree: an error on all of them.
     torch.manual_seed(rank)
     with pytest.raises(
