@@ -342,7 +342,7 @@ def _chosen(
     space: Workspace, shape: Shape, name: str, call: Callable[[int], Result], matmul: Callable[[], object]
 ) -> Result:
     """call(chunks) with what is best for the shape, which its first call finds out."""
-    with _telling(space, name):
+    with telling(space, name):
         choice = _known(space, shape)
         if choice is not None:
             return call(choice.chunks)
@@ -372,7 +372,7 @@ def _settle(device: torch.device) -> None:
 
 
 @contextmanager
-def _telling(space: Workspace, name: str) -> Iterator[None]:
+def telling(space: Workspace, name: str) -> Iterator[None]:
     """An error in the middle of a call ends what the other ranks wait for."""
     try:
         yield

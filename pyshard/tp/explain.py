@@ -39,9 +39,9 @@ def explain(what: nn.Module | dist.ProcessGroup) -> str:
         for name, layer in layers.items():
             if layer.group is group:
                 alike.setdefault((_doing(layer), *_choices(layer)), []).append(name)
-        for (doing, *choices), names in alike.items():
+        for (doing, *shapes), names in alike.items():
             lines.append(f"  {', '.join(names)}: {doing}")
-            lines += [f"    {choice}" for choice in choices]
+            lines += [f"    {line}" for line in shapes]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import blocking
+from . import collectives
 from .splits import bounds
 
 
@@ -28,7 +28,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return blocking.all_reduce(x, group)
+        return collectives.all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -51,7 +51,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup, summed: bool) -> Tensor:
         ctx.dim, ctx.sizes, ctx.group, ctx.summed = dim, sizes, group, summed
-        return blocking.all_gather(x, dim, sizes, group)
+        return collectives.all_gather(x, dim, sizes, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -63,7 +63,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.sizes, ctx.group = dim, sizes, group
-        return blocking.reduce_scatter(x, dim, sizes, group)
+        return collectives.reduce_scatter(x, dim, sizes, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
