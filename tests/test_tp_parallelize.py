@@ -317,6 +317,13 @@ def _frozen(rank: int, world: int, seed: int) -> None:
     for net in (whole, model):
         (net(ids).last_hidden_state * weights).mean().backward()
     same_gradients(model, whole, "base")
+    # A copy of a cut model works by itself.
+    whole, model = build("qwen3", seed), build("qwen3", seed)
+    twin = copy.deepcopy(parallelize(model, dist.group.WORLD))
+    for param in model.parameters():
+        param.data.zero_()
+    compare("copy", whole, twin, rank, seed, (5, 4))
+    assert all(param.grad is None for param in model.parameters())
     # Weight gradients in fp32, of a model that is fp32 itself; tied weights go the ordinary way.
     for tied in (True, False):
         whole, model = build("llama", seed, tie_word_embeddings=tied), build("llama", seed, tie_word_embeddings=tied)

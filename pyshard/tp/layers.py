@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..placement import Piece, TensorShard, set_tensor_shard
+from ..placement import Piece, TensorShard, set_tensor_shard, tensor_shard
 from . import mappings
 from .functional import all_gather_matmul, copied_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .splits import bounds, split_sizes
@@ -136,6 +137,16 @@ class _ParallelLinear(nn.Module):
         super()._apply(fn, recurse)
         self._mark()
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As any module's: own parameters, which know their cut. The group, which cannot be copied, is shared."""
+        new = type(self).__new__(type(self))
+        memo |= {id(self): new, id(self.group): self.group}
+        for param in self.parameters():
+            memo[id(tensor_shard(param))] = tensor_shard(param)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new._mark()
+        return new
 
     @property
     def matrix(self) -> Tensor:
@@ -363,6 +374,14 @@ class SharedInput:
                 raise ValueError(f"SharedInput: got {layer} beside {first}; expected layers that read the same input")
             layer.shared = self
         self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        """For a copy of the layers, which is part of the same copy of a model."""
+        new = SharedInput.__new__(SharedInput)
+        memo[id(self)] = new
+        new.layers = copy.deepcopy(self.layers, memo)
+        new.clear()
+        return new
 
     def clear(self) -> None:
         """Drops outputs that nobody has fetched."""

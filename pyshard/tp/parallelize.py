@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -92,14 +92,11 @@ def parallelize(
         _tie(old, layer, memo)
         parent, _, key = cut.name.rpartition(".")
         setattr(model.get_submodule(parent), key, layer)
-    shared = {
-        names[0]: SharedInput([model.get_submodule(name) for name in names])  # type: ignore[misc]
-        for names in made.siblings
-    }
-    for first, several in shared.items():
+    for names in made.siblings:
+        SharedInput([model.get_submodule(name) for name in names])  # type: ignore[misc]
         # An error in the middle of the parent's forward must not keep outputs that nobody will fetch.
-        parent_module = model.get_submodule(first.rpartition(".")[0])
-        parent_module.register_forward_hook(lambda *_, shared=several: shared.clear(), always_call=True)
+        parent, _, key = names[0].rpartition(".")
+        model.get_submodule(parent).register_forward_hook(_clearing(key), always_call=True)
     for (name, attribute), values in made.attributes.items():
         module = model.get_submodule(name)
         if hasattr(module, attribute):
@@ -110,8 +107,7 @@ def parallelize(
     for name in made.summed + (made.summed_if_cut if cut_in_route else []):
         sum_gradients(model.get_submodule(name), group)
     if cut_in_route and made.route is not None:
-        by_attention = {first.rpartition(".")[0]: several for first, several in shared.items()}
-        cut_sequence(model, made.route, context, by_attention, group)
+        cut_sequence(model, made.route, context, group)
     if not gather_logits:
         _keep_logits_cut(model, group)
     return model
@@ -160,6 +156,16 @@ def _layer(
         main_grad=main_grad,
         pieces=cut.pieces,
     )
+
+
+def _clearing(child: str) -> Callable[..., None]:
+    """A hook on the parent of layers that share their input; `child` is one of them."""
+
+    def hook(module: nn.Module, *_: Any) -> None:
+        shared: SharedInput = module.get_submodule(child).shared  # type: ignore[assignment]
+        shared.clear()
+
+    return hook
 
 
 def _tie(old: nn.Module, new: nn.Module, memo: dict[int, nn.Parameter]) -> None:

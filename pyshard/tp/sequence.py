@@ -7,7 +7,7 @@ stay whole: attention sees the whole sequence, of some heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
 from typing import Any
 
 import torch.distributed as dist
@@ -19,22 +19,22 @@ from .layers import SequenceContext, SharedInput
 from .plans import Route
 from .splits import split_sizes
 
-_SUMMED = "_gradient_is_summed"
+_SUMMED = "_gradient_is_summed"  # of a parameter: a weak reference to itself, which its copies do not pass for
+_CONTEXT = "_sequence_context"
 
 
 def cut_sequence(
     model: nn.Module,
     route: Route,
     context: SequenceContext,
-    shared: Mapping[str, SharedInput],
     group: dist.ProcessGroup,
 ) -> None:
     """Registers the hooks.
 
     Args:
         context: told the rows of each rank before the layers of each block run. Told anew in every block, since
-            activation checkpointing runs a block again when other forwards may have come between.
-        shared: query, key and value layers by the name of their attention module.
+            activation checkpointing runs a block again when other forwards may have come between. Hooks find it on
+            their module, so that those of a copied model find the copy's.
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
 
@@ -48,13 +48,12 @@ def cut_sequence(
 
     def cut(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden, put = _hidden(args, kwargs)
-        context.sizes = split_sizes(hidden.shape[-2], world)
-        return put(mappings.split(hidden, hidden.dim() - 2, context.sizes, group))
+        sizes = split_sizes(hidden.shape[-2], world)
+        return put(mappings.split(hidden, hidden.dim() - 2, sizes, group))
 
     def enter(name: str) -> Any:
-        layers = shared.get(name)
-
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            context = _context(module)
             hidden, put = _hidden(args, kwargs)
             positions = kwargs.get("position_ids")
             if positions is None:
@@ -69,27 +68,37 @@ def cut_sequence(
                     f"{tuple(positions.shape)}; expected {context.sizes[rank]} rows. position_ids must have one entry "
                     "for each position of the sequence."
                 )
-            if not route.stand_in or layers is None:
+            if not route.stand_in:
                 return None
             # This attention takes the length of the sequence from its input, and does nothing else with it than to call
             # the three layers: it gets a tensor of the whole's shape that holds one element, and they know it.
             shape = (*hidden.shape[:-2], sum(context.sizes), hidden.shape[-1])
             stand_in = hidden.new_full((), math.nan).expand(shape)
-            layers.compute(hidden, context.sizes, key=stand_in)
+            shared: SharedInput = module.q_proj.shared  # type: ignore[union-attr,assignment]
+            shared.compute(hidden, context.sizes, key=stand_in)
             return put(stand_in)
 
         return hook
 
     def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        sizes = context.sizes
-        assert sizes is not None  # by the first block of this forward
+        sizes = _context(module).sizes
+        assert sizes is not None  # by the blocks of this forward
         return mappings.gather(output, output.dim() - 2, sizes, group)
 
     model.get_submodule(route.base).register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
     model.get_submodule(route.first).register_forward_pre_hook(cut, with_kwargs=True)
     for name in route.attentions:
-        model.get_submodule(name).register_forward_pre_hook(enter(name), with_kwargs=True)
-    model.get_submodule(route.last).register_forward_hook(gather)
+        attention = model.get_submodule(name)
+        setattr(attention, _CONTEXT, context)
+        attention.register_forward_pre_hook(enter(name), with_kwargs=True)
+    last = model.get_submodule(route.last)
+    setattr(last, _CONTEXT, context)
+    last.register_forward_hook(gather)
+
+
+def _context(module: nn.Module) -> SequenceContext:
+    context: SequenceContext = getattr(module, _CONTEXT)
+    return context
 
 
 def sum_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -102,9 +111,10 @@ def sum_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
         for param in module.parameters(recurse=False):
             if tensor_shard(param) is None:
                 set_tensor_shard(param, TensorShard(group, tuple(param.shape)))
-            if param.requires_grad and not getattr(param, _SUMMED, False):
+            summed = getattr(param, _SUMMED, None)
+            if param.requires_grad and (summed is None or summed() is not param):
                 param.register_hook(lambda grad: blocking.all_reduce(grad, group))
-                setattr(param, _SUMMED, True)
+                setattr(param, _SUMMED, weakref.ref(param))
 
     hook(module, ())
     module.register_forward_pre_hook(hook)
