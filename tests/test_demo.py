@@ -135,17 +135,24 @@ def story(folder: Path, flags: list[str]) -> Story:
 @dataclass
 class TwoRanks(Story):
     from_file: Outcome  # went on from the checkpoint of one process
+    cut: Outcome  # tensor parallel, and stopped
+    cut_resumed: Outcome  # tensor parallel, from the checkpoint of the data-parallel run
+    uncut: Outcome  # data parallel, from the checkpoint of the tensor-parallel run
     refused: Outcome
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, flags: list[str], story: Story) -> TwoRanks:
     whole = demo(folder / "whole 2", *flags, "--dtype", "fp32", launcher=TORCHRUN)
-    folders = [folder / name for name in ("stopped 2", "resumed 2", "from file", "refused")]
+    names = ("stopped 2", "resumed 2", "from file", "cut", "cut resumed", "uncut", "refused")
+    folders = [folder / name for name in names]
     more = [
         ["--dtype", "fp32", "--stop-at", str(STOP), "--no-compare"],
         ["--resume", str(folders[0] / "checkpoint")],
         ["--resume", story.stopped.checkpoint],
+        ["--tp", "2", "--dtype", "fp32", "--stop-at", str(STOP)],
+        ["--tp", "2", "--resume", str(folders[0] / "checkpoint"), "--no-compare"],
+        ["--resume", str(folders[3] / "checkpoint"), "--no-compare"],
         ["--steps", "0"],
     ]
     runs = [[*files(f), *flags, *own] for f, own in zip(folders, more, strict=True)]
@@ -153,7 +160,7 @@ def two(folder: Path, flags: list[str], story: Story) -> TwoRanks:
     assert code == 0, err
     results = json.loads((folder / "runs.json").read_text())
     outcomes = [outcome(f, **result) for f, result in zip(folders, results, strict=True)]
-    assert [o.code for o in outcomes] == [0, 0, 0, 2], [o.err for o in outcomes]
+    assert [o.code for o in outcomes] == [0, 0, 0, 0, 0, 0, 2], [o.err for o in outcomes]
     return TwoRanks("fp32", flags, whole, *outcomes)
 
 
@@ -290,6 +297,22 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_process(story: Story, two: T
     masters = cells(outcome.out, "master weights")
     # Each rank owns half of the rest of the masters, to one block of 4096 elements.
     assert masters == pytest.approx([4 * parameters] * 2 + [parameters] * 2, abs=2 * 4096)
+
+
+def test_layers_cut_over_two_ranks_have_the_losses_of_one_process(two: TwoRanks) -> None:
+    losses, whole = two.cut.losses, two.whole.losses["torch"]
+    assert list(losses) == ["torch", "tp"]
+    assert losses["torch"] == whole[:STOP]
+    assert largest_gap(losses["tp"], whole[:STOP]) <= BOUND["fp32"]
+    assert two.cut.weights["tp"][0] == two.cut.weights["tp"][1]
+    uncut, half = cells(two.cut.out, "weights")
+    assert 0.5 < half / uncut < 0.52  # all but embedding and norms is cut
+
+
+def test_checkpoints_go_from_data_to_tensor_parallel_and_back(two: TwoRanks) -> None:
+    whole = two.whole.losses["stage2"]
+    assert largest_gap(two.cut_resumed.losses["tp"], whole[STOP:]) <= BOUND["fp32"]
+    assert largest_gap(two.uncut.losses["stage2"], whole[STOP:]) <= BOUND["fp32"]
 
 
 def test_the_table_holds_bytes_per_rank(two: TwoRanks) -> None:
