@@ -19,7 +19,7 @@ from benchmarks.results import Case, Target
 from benchmarks.tp_entries import Field, alike, ours
 from benchmarks.tp_matmul import ALL_GATHER, REDUCE_SCATTER
 
-WORLD, CALLS, ROUNDS = 2, 2, 7
+WORLD, CALLS, ROUNDS = 2, 2, 5
 SHAPE, DTYPE = [1024, 1024, 4096], "float32"
 LEAST_MBIT, MOST_MBIT = 10.0, 10_000.0  # of links that the kernel's clock can shape
 SUBJECT, BOUND = "pyshard ring", 1.1

@@ -18,7 +18,6 @@ from benchmarks.harness import Absent, Contestant, Run
 from benchmarks.results import Target
 
 OURS = "pyshard-torch"  # the package of our own ways
-RATIO = "/ matmul"  # the note that says how much longer than the work without communication
 
 
 def ours(name: str, way: str = "pyshard", role: str = "ours", **options: Any) -> Way:
@@ -35,7 +34,7 @@ class Field:
     Args:
         builder: "module:function" that makes on every rank, from way=, options= and the arguments, an object with
             sample(calls), which gives a dict of "seconds" and bytes "sent" per call, result() and notes().
-        alone: the way without communication; its results are compared where `compared` says so.
+        alone: the way without communication, and `ratio` the name of the note that compares with it.
     """
 
     def __init__(
@@ -47,9 +46,10 @@ class Field:
         alone: str,
         calls: int,
         mbit: float = 0.0,
+        ratio: str = "/ matmul",
     ):
         self.ranks, self.wanted, self.builder, self.arguments = ranks, wanted, builder, arguments
-        self.alone, self.calls, self.mbit = alone, calls, mbit
+        self.alone, self.calls, self.mbit, self.ratio = alone, calls, mbit, ratio
         self.seconds: dict[str, list[float]] = {}
         self.sent: dict[str, list[float]] = {}
 
@@ -82,7 +82,7 @@ class Field:
     def _notes(self, name: str) -> dict[str, float]:
         found: dict[str, float] = {}
         if self.alone in self.seconds:
-            found[RATIO] = statistics.median(self.seconds[name]) / statistics.median(self.seconds[self.alone])
+            found[self.ratio] = statistics.median(self.seconds[name]) / statistics.median(self.seconds[self.alone])
         found["sent MB"] = statistics.median(self.sent[name]) / 1e6
         if self.mbit:
             found["link ms"] = found["sent MB"] * 8e3 / self.mbit
