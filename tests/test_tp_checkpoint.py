@@ -335,7 +335,7 @@ def _of_transformers(rank: int, world: int, seed: int, root: str) -> None:
     """Models cut by pyshard.tp, trained with a sharded optimizer: saved, and loaded by the unsharded model."""
     from test_tp_parallelize import CLOSE, batch, build
 
-    from pyshard.tp.parallelize import parallelize
+    from pyshard.tp.models import parallelize
     from pyshard.tp.state_dict import full_state_dict
 
     for kind in ("llama", "gpt2"):

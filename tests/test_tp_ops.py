@@ -27,20 +27,20 @@ def _checks(rank: int, world: int, seed: int) -> None:
     x, w, v, bias, whole = _inputs(rank, world, seed)
     ops = torch.ops.pyshard
     # Ranks run the checks in step, so that they meet in every call.
-    torch.library.opcheck(ops.tp_column, (x, [w, v], [bias, x.new_empty(0)], [3] * world, -2, True, group))
-    torch.library.opcheck(ops.tp_column, (whole, [w], [bias], [4, 3], -2, False, group))
-    torch.library.opcheck(ops.tp_row, (whole, w, bias, [4, 3], -2, True, group))
-    torch.library.opcheck(ops.tp_row, (whole, w, None, [4, 3], -2, False, group))
+    torch.library.opcheck(ops.tp_column, (x, [w, v], [bias, x.new_empty(0, 0)], [3] * world, [0, 0], -2, True, group))
+    torch.library.opcheck(ops.tp_column, (whole, [w], [bias], [4, 3], [0], -2, False, group))
+    torch.library.opcheck(ops.tp_row, (whole, w, bias, [4, 3], 0, -2, True, group))
+    torch.library.opcheck(ops.tp_row, (whole, w, None, [4, 3], 0, -2, False, group))
     g = torch.randn(3 * world, 5, dtype=torch.float64)
     torch.library.opcheck(
         ops.tp_column_backward,
-        ([g], x.detach(), [w.detach()], [3] * world, -2, True, group, True, [True], [True]),
+        ([g], x.detach(), [w.detach()], [3] * world, [0], -2, True, group, True, [True], [True]),
     )
     torch.library.opcheck(
         ops.tp_row_backward,
-        (g[:4], whole.detach()[:7], w.detach(), [4, 3], -2, True, group, True, True, True)
+        (g[:4], whole.detach()[:7], w.detach(), [4, 3], 0, -2, True, group, True, True, True)
         if rank == 0
-        else (g[:3], whole.detach()[:7], w.detach(), [4, 3], -2, True, group, True, True, True),
+        else (g[:3], whole.detach()[:7], w.detach(), [4, 3], 0, -2, True, group, True, True, True),
     )
 
 

@@ -12,10 +12,9 @@ from ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from pyshard import tp
 from pyshard.placement import tensor_shard
 from pyshard.tp.layers import ColumnParallelLinear, RowParallelLinear
-from pyshard.tp.parallelize import parallelize
+from pyshard.tp.models import parallelize
 from pyshard.tp.plans import Rule
 from pyshard.tp.splits import bounds, split_sizes
 from pyshard.tp.state_dict import full_state_dict, load_state_dict
@@ -51,12 +50,6 @@ def build(kind: str, seed: int, **changes: Any) -> nn.Module:
         else:
             nn.init.normal_(param, std=0.15)
     return model.train()
-
-
-def settle(world: int) -> None:
-    """Beside 2 ranks, where chunks are chosen by measuring, transports of two chunks and of none."""
-    if world != 2:
-        tp.configure(dist.group.WORLD, transport="auto" if world == 3 else "blocking", chunks=2 if world == 3 else None)
 
 
 def batch(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +118,6 @@ GPT2: list[tuple[str, dict[str, Any]]] = [
 
 
 def _models(rank: int, world: int, seed: int) -> None:
-    settle(world)
     for (kind, changes), parallel in itertools.product(LLAMA + GPT2, [True, False]):
         kv_heads = changes.get("num_key_value_heads", 4)
         if kind != "gpt2" and kv_heads < world:
@@ -144,7 +136,6 @@ def test_models_against_whole_ones(world: int, seed: int) -> None:
 
 
 def _checkpointing(rank: int, world: int, seed: int) -> None:
-    settle(world)
     for kind, reentrant, parallel in itertools.product(["llama", "gpt2"], [True, False], [True, False]):
         whole, model = build(kind, seed), build(kind, seed)
         parallelize(model, dist.group.WORLD, sequence_parallel=parallel)
@@ -166,7 +157,6 @@ def test_activation_checkpointing(world: int, seed: int) -> None:
 
 
 def _cut_logits(rank: int, world: int, seed: int) -> None:
-    settle(world)
     for kind, parallel in itertools.product(["llama", "gpt2"], [True, False]):
         whole, model = build(kind, seed), build(kind, seed)
         parallelize(model, dist.group.WORLD, sequence_parallel=parallel, gather_logits=False)
@@ -187,7 +177,6 @@ def test_loss_of_cut_logits(world: int, seed: int) -> None:
 
 
 def _generate(rank: int, world: int, seed: int) -> None:
-    settle(world)
     for kind, parallel in itertools.product(["llama", "qwen3", "gpt2"], [True, False]):
         whole, model = build(kind, seed).eval(), build(kind, seed).eval()
         parallelize(model, dist.group.WORLD, sequence_parallel=parallel)
@@ -209,7 +198,6 @@ def test_greedy_generation(world: int, seed: int) -> None:
 
 
 def _state(rank: int, world: int, seed: int) -> None:
-    settle(world)
     for kind, tied in itertools.product(["llama", "gpt2", "qwen2"], [True, False]):
         whole = build(kind, seed, tie_word_embeddings=tied)
         other = build(kind, seed + 1, tie_word_embeddings=tied)
@@ -277,7 +265,6 @@ PLAN: dict[str, str | Rule] = {
 
 
 def _by_name(rank: int, world: int, seed: int) -> None:
-    settle(world)
     torch.manual_seed(seed % 1000)
     whole = Mlp()
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))
@@ -302,7 +289,6 @@ def test_plans_by_name(world: int, seed: int) -> None:
 
 def _frozen(rank: int, world: int, seed: int) -> None:
     """Norms that are trained only later still have their gradients summed; base models need no output layer."""
-    settle(world)
     whole, model = build("llama", seed), build("llama", seed)
     for net in (whole, model):
         net.requires_grad_(False)
@@ -346,7 +332,6 @@ def test_frozen_base_and_meta_models(world: int, seed: int) -> None:
 
 
 def _errors(rank: int, world: int, seed: int) -> None:
-    settle(world)
     group = dist.group.WORLD
 
     def head_norm(model: Any) -> Any:

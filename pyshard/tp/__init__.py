@@ -14,8 +14,8 @@ _LATER = {
     "VocabParallelEmbedding": "embedding",
     "vocab_parallel_cross_entropy": "cross_entropy",
     "Rule": "plans",
-    "explain": "explain",
-    "parallelize": "parallelize",
+    "explain": "report",
+    "parallelize": "models",
     "load_state_dict": "state_dict",
     "full_state_dict": "state_dict",
 }
@@ -26,7 +26,5 @@ def __getattr__(name: str) -> object:
     if name in _LATER:
         import importlib
 
-        found = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-        globals()[name] = found  # importing a module of the same name has put that there
-        return found
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module 'pyshard.tp' has no attribute {name!r}")

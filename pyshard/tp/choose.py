@@ -17,18 +17,19 @@ _PER_CHUNK = 60e-6  # seconds
 
 @dataclass(frozen=True)
 class Shape:
-    """What a choice is made for."""
+    """What a choice is made for. The same on all ranks, whatever their parts are, or they would not choose together."""
 
     kind: str  # gather | scatter | total
+    way: str  # column | row, forward | backward
     outer: int
     sizes: tuple[int, ...]  # rows of each rank
-    inputs: int  # columns of what is multiplied
-    outputs: tuple[int, ...]
+    columns: int  # of what is exchanged
+    features: tuple[int, ...]  # on all ranks together, of each weight, along what is cut; 0: nobody has said
     dtype: str
 
     def __str__(self) -> str:
-        rows = self.outer * sum(self.sizes)
-        return f"{rows} x {self.inputs} x {'+'.join(map(str, self.outputs))} {self.dtype}"
+        cut = "+".join(str(count or "?") for count in self.features)
+        return f"{self.outer * sum(self.sizes)} rows x {self.columns} x {cut} / {len(self.sizes)}, {self.dtype}"
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,12 @@ def column_forward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     sizes: Sequence[int],
+    features: Sequence[int],
 ) -> list[Tensor]:
     """Rows of all ranks times each weight.
 
     Args:
+        features: sum of F_i over ranks, or 0 where it is not known.
         x: [outer, sizes[rank], D].
         weights: [F_i, D] each; biases: [F_i] or None.
 
@@ -137,7 +139,8 @@ def column_forward(
     def matmul() -> object:
         return _linears(x.new_zeros(x.shape[0], whole, x.shape[2]), weights, biases)
 
-    shape = Shape("gather", x.shape[0], tuple(sizes), x.shape[2], _outputs(weights), str(x.dtype))
+    way = "column forward"
+    shape = Shape("gather", way, x.shape[0], tuple(sizes), x.shape[2], tuple(features), str(x.dtype))
     return _chosen(space, shape, name, call, matmul)
 
 
@@ -147,6 +150,7 @@ def column_backward(
     x: Tensor,
     weights: Sequence[Tensor],
     sizes: Sequence[int],
+    features: Sequence[int],
     gathered: bool,
     need_x: bool,
     need_weights: Sequence[bool],
@@ -186,14 +190,19 @@ def column_backward(
             between()
         return None, found
     kind = "scatter" if gathered else "total"
-    columns = sum(weight.shape[0] for weight in weights)
-    shape = Shape(kind, x.shape[0], tuple(sizes), columns, (x.shape[2],), str(x.dtype))
+    shape = Shape(kind, "column backward", x.shape[0], tuple(sizes), x.shape[2], tuple(features), str(x.dtype))
     product = (grads[0], weights[0].t()) if len(weights) == 1 else None
     return _reduced(space, shape, x.dtype, compute, product, None, between), found
 
 
 def row_forward(
-    space: Workspace, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int], scattered: bool
+    space: Workspace,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    features: int,
+    scattered: bool,
 ) -> Tensor:
     """The sum over ranks of x @ weight.T, and the bias: this rank's rows if scattered, else all.
 
@@ -201,7 +210,7 @@ def row_forward(
         x: [outer, sum(sizes), D_rank]. weight: [F, D_rank]. bias: [F], the same on all ranks.
     """
     kind = "scatter" if scattered else "total"
-    shape = Shape(kind, x.shape[0], tuple(sizes), x.shape[2], (weight.shape[0],), str(x.dtype))
+    shape = Shape(kind, "row forward", x.shape[0], tuple(sizes), weight.shape[0], (features,), str(x.dtype))
 
     def compute(begin: int, end: int, out: Tensor) -> None:
         matmul_into(x[:, begin:end], weight, out)
@@ -215,6 +224,7 @@ def row_backward(
     x: Tensor,
     weight: Tensor,
     sizes: Sequence[int],
+    features: int,
     scattered: bool,
     need_x: bool,
     need_weight: bool,
@@ -253,7 +263,8 @@ def row_backward(
         def matmul() -> object:
             return grad.new_zeros(x.shape[0], x.shape[1], grad.shape[2]) @ weight
 
-        shape = Shape("gather", x.shape[0], tuple(sizes), weight.shape[0], (weight.shape[1],), str(x.dtype))
+        way = "row backward"
+        shape = Shape("gather", way, x.shape[0], tuple(sizes), weight.shape[0], (features,), str(x.dtype))
         dx, whole = _chosen(space, shape, name, call, matmul)
     if need_x and dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -276,7 +287,7 @@ def _reduced(
     product: the x and weight whose x @ weight.T compute() writes, if it is just one.
     """
     whole = sum(shape.sizes)
-    (columns,) = shape.outputs
+    columns = shape.columns
     scattered = shape.kind == "scatter"
 
     def matmul() -> Tensor:
@@ -323,10 +334,6 @@ def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
 def _fused(space: Workspace, x: Tensor) -> bool:
     """True if a kernel does matmul and communication at once: for x [1, rows, columns] of its dtypes."""
     return space.fused is not None and x.shape[0] == 1 and x.dtype != torch.float64
-
-
-def _outputs(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(weight.shape[0] for weight in weights)
 
 
 def _known(space: Workspace, shape: Shape) -> Choice | None:

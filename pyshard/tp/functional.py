@@ -34,6 +34,7 @@ def all_gather_matmul(
     group: dist.ProcessGroup,
     dim: int = -2,
     sizes: Sequence[int] | None = None,
+    features: Sequence[int] | None = None,
 ) -> Tensor: ...
 @overload
 def all_gather_matmul(
@@ -44,6 +45,7 @@ def all_gather_matmul(
     group: dist.ProcessGroup,
     dim: int = -2,
     sizes: Sequence[int] | None = None,
+    features: Sequence[int] | None = None,
 ) -> list[Tensor]: ...
 def all_gather_matmul(
     x: Tensor,
@@ -53,6 +55,7 @@ def all_gather_matmul(
     group: dist.ProcessGroup,
     dim: int = -2,
     sizes: Sequence[int] | None = None,
+    features: Sequence[int] | None = None,
 ) -> Tensor | list[Tensor]:
     """The rows of x of all ranks, times weight.T (+ bias): the column-parallel linear layer after a cut sequence.
 
@@ -66,6 +69,8 @@ def all_gather_matmul(
         group: the tensor-parallel group; all its ranks make the same calls in the same order.
         dim: any but the last.
         sizes: S_r of all ranks; None: all hold as many rows as this one, which is checked when they meet.
+        features: out features of all ranks together, for each weight: calls that differ in it alone are measured and
+            overlapped apart. None: they share what the first of them found best.
 
     Returns:
         [..., S, ..., F] with the rows in rank order; a list for several weights.
@@ -89,15 +94,29 @@ def all_gather_matmul(
     if world == 1:
         outs = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     else:
-        outs = ops.tp_column(x, weights, ops.absent(biases, x), sizes, dim, True, group.group_name)
+        outs = ops.tp_column(
+            x, weights, ops.absent(biases, x), sizes, _features(features, weights), dim, True, group.group_name
+        )
     return outs[0] if one else outs
 
 
 @overload
-def copied_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, group: dist.ProcessGroup) -> Tensor: ...
+def copied_matmul(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup,
+    features: Sequence[int] | None = None,
+) -> Tensor: ...
 @overload
 def copied_matmul(
-    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None] | None = None, *, group: dist.ProcessGroup
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    *,
+    group: dist.ProcessGroup,
+    features: Sequence[int] | None = None,
 ) -> list[Tensor]: ...
 def copied_matmul(
     x: Tensor,
@@ -105,6 +124,7 @@ def copied_matmul(
     bias: Tensor | Sequence[Tensor | None] | None = None,
     *,
     group: dist.ProcessGroup,
+    features: Sequence[int] | None = None,
 ) -> Tensor | list[Tensor]:
     """x, which is the same on all ranks, times weight.T (+ bias): the column-parallel linear layer without a cut
     sequence.
@@ -116,6 +136,8 @@ def copied_matmul(
         weight: [F, D], any strides; or several, which share one all-reduce in backward.
         bias: [F]; or as many as there are weights, each may be None.
         group: the tensor-parallel group.
+        features: out features of all ranks together, for each weight: calls that differ in it alone are measured and
+            overlapped apart. None: they share what the first of them found best.
 
     Returns:
         [..., F]; a list for several weights.
@@ -133,7 +155,9 @@ def copied_matmul(
         outs = [torch.nn.functional.linear(rows, w, b) for w, b in zip(weights, biases, strict=True)]
     else:
         sizes = split_sizes(rows.shape[dim], world)
-        outs = ops.tp_column(rows, weights, ops.absent(biases, x), sizes, dim, False, group.group_name)
+        outs = ops.tp_column(
+            rows, weights, ops.absent(biases, x), sizes, _features(features, weights), dim, False, group.group_name
+        )
     outs = [out if x.dim() > 1 else out[0] for out in outs]
     return outs[0] if one else outs
 
@@ -146,6 +170,7 @@ def matmul_reduce_scatter(
     group: dist.ProcessGroup,
     dim: int = -2,
     sizes: Sequence[int] | None = None,
+    features: int | None = None,
 ) -> Tensor:
     """This rank's rows of the sum over ranks of x @ weight.T, and bias: the row-parallel linear layer before a cut
     sequence.
@@ -159,6 +184,8 @@ def matmul_reduce_scatter(
         group: the tensor-parallel group.
         dim: any but the last.
         sizes: rows that each rank gets; None: as even as can be (pyshard.tp.split_sizes).
+        features: in features of all ranks together: calls that differ in it alone are measured and overlapped apart.
+            None: they share what the first of them found best.
 
     Returns:
         [..., S_r, ..., F]. 16-bit products are rounded before the sum, which is taken in fp32 in rank order and
@@ -179,10 +206,17 @@ def matmul_reduce_scatter(
         )
     if world == 1:
         return torch.nn.functional.linear(x, weight, bias)
-    return ops.tp_row(x, weight, bias, sizes, dim, True, group.group_name)
+    return ops.tp_row(x, weight, bias, sizes, features or 0, dim, True, group.group_name)
 
 
-def matmul_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, group: dist.ProcessGroup) -> Tensor:
+def matmul_all_reduce(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup,
+    features: int | None = None,
+) -> Tensor:
     """The sum over ranks of x @ weight.T, and bias, on every rank: the row-parallel linear layer without a cut
     sequence.
 
@@ -191,6 +225,8 @@ def matmul_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
         weight: [F, D_r], any strides.
         bias: [F], whole and the same on all ranks; added once, after the sum.
         group: the tensor-parallel group.
+        features: in features of all ranks together: calls that differ in it alone are measured and overlapped apart.
+            None: they share what the first of them found best.
 
     Returns:
         [..., F], the same bits on all ranks; sums as matmul_reduce_scatter.
@@ -206,10 +242,15 @@ def matmul_all_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     if world == 1:
         return torch.nn.functional.linear(x, weight, bias)
     # Sums are cut over all rows, so that one sequence of one token too has something for each rank.
-    flat = rows.reshape(-1, rows.shape[-1])
+    flat = rows.flatten(0, -2)
     sizes = split_sizes(flat.shape[0], world)
-    out = ops.tp_row(flat, weight, bias, sizes, -2, False, group.group_name)
+    out = ops.tp_row(flat, weight, bias, sizes, features or 0, -2, False, group.group_name)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _features(features: Sequence[int] | None, weights: Sequence[Tensor]) -> list[int]:
+    """0: not told. This rank's own would not do, since all ranks must take the same for the same call."""
+    return [0] * len(weights) if features is None else list(features)
 
 
 def _several(

@@ -23,14 +23,14 @@ def _save(ctx: Any, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
 
 
 def _column_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, biases, sizes, dim, gathered, group = inputs
-    _save(ctx, x, weights, biases, (list(sizes), dim, gathered, group))
+    x, weights, biases, sizes, features, dim, gathered, group = inputs
+    _save(ctx, x, weights, biases, (list(sizes), list(features), dim, gathered, group))
 
 
 def _column_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     weights, biases = rest[: ctx.count], ops.present(rest[ctx.count :])
-    sizes, dim, gathered, group = ctx.inputs
+    sizes, features, dim, gathered, group = ctx.inputs
     need_x, need_weights, need_biases = ctx.needs_input_grad[0], _flags(weights), _flags(biases)
     if torch.is_grad_enabled():
 
@@ -42,24 +42,24 @@ def _column_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         found = _again(outputs, [x, *weights, *biases], [need_x, *need_weights, *need_biases], grads)
     else:
         buffers = [_buffer(weight) for weight in weights]
-        asked = grads, x, weights, sizes, dim, gathered, group, need_x, need_weights, need_biases
+        asked = grads, x, weights, sizes, features, dim, gathered, group, need_x, need_weights, need_biases
         if any(buffer is not None for buffer in buffers):
             answers = ops.column_backward(*asked, buffers)
         else:
             answers = ops.tp_column_backward(*asked)
         found = _finished(answers, weights, buffers, [need_x, *need_weights, *need_biases])
     n = ctx.count
-    return found[0], found[1 : n + 1], found[n + 1 :], None, None, None, None
+    return found[0], found[1 : n + 1], found[n + 1 :], None, None, None, None, None
 
 
 def _row_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, sizes, dim, scattered, group = inputs
-    _save(ctx, x, [weight], [bias], (list(sizes), dim, scattered, group))
+    x, weight, bias, sizes, features, dim, scattered, group = inputs
+    _save(ctx, x, [weight], [bias], (list(sizes), features, dim, scattered, group))
 
 
 def _row_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias = ctx.saved_tensors
-    sizes, dim, scattered, group = ctx.inputs
+    sizes, features, dim, scattered, group = ctx.inputs
     needs = [ctx.needs_input_grad[0], *_flags([weight, bias])]
     if torch.is_grad_enabled():
 
@@ -72,10 +72,10 @@ def _row_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         found = _again(outputs, [x, weight, bias], needs, [grad])
     else:
         buffer = _buffer(weight)
-        asked = grad, x, weight, sizes, dim, scattered, group, needs[0], needs[1], needs[2]
+        asked = grad, x, weight, sizes, features, dim, scattered, group, needs[0], needs[1], needs[2]
         answers = ops.tp_row_backward(*asked) if buffer is None else ops.row_backward(*asked, buffer)
         found = _finished(answers, [weight], [buffer], needs)
-    return *found, None, None, None, None
+    return *found, None, None, None, None, None
 
 
 def _flags(tensors: Sequence[Tensor | None]) -> list[bool]:

@@ -337,8 +337,10 @@ class RowParallelLinear(_ParallelLinear):
         if not self.input_is_parallel:
             x = mappings.split(x, -1, self.sizes, self.group)
         if self.sequence_parallel:
-            return matmul_reduce_scatter(x, self.matrix, self.bias, group=self.group, sizes=sizes)
-        return matmul_all_reduce(x, self.matrix, self.bias, group=self.group)
+            return matmul_reduce_scatter(
+                x, self.matrix, self.bias, group=self.group, sizes=sizes, features=self.in_features
+            )
+        return matmul_all_reduce(x, self.matrix, self.bias, group=self.group, features=self.in_features)
 
 
 def column_outputs(
@@ -348,9 +350,10 @@ def column_outputs(
     first = layers[0]
     sizes = first._rows(x, sizes, first.in_features, whole_rows=False)
     weights, biases = [layer.matrix for layer in layers], [layer.bias for layer in layers]
+    features = [layer.out_features for layer in layers]
     if first.sequence_parallel:
-        return all_gather_matmul(x, weights, biases, group=first.group, sizes=sizes)
-    return copied_matmul(x, weights, biases, group=first.group)
+        return all_gather_matmul(x, weights, biases, group=first.group, sizes=sizes, features=features)
+    return copied_matmul(x, weights, biases, group=first.group, features=features)
 
 
 class SharedInput:

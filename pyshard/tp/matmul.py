@@ -21,7 +21,7 @@ def matmul_into(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = No
         add: adds to out, without bias.
     """
     if x.shape[0] == 1 or (x.is_contiguous() and out.is_contiguous()):
-        _multiply(x.reshape(-1, x.shape[2]), weight, out.view(-1, out.shape[2]), bias, add)
+        _multiply(x.flatten(0, 1), weight, out.flatten(0, 1), bias, add)
     elif x.shape[1] >= _ROWS_ALONE:
         for one, target in zip(x, out, strict=True):
             _multiply(one, weight, target, bias, add)
@@ -54,7 +54,7 @@ def weight_gradient(grad: Tensor, x: Tensor, buffer: Tensor | None = None) -> Te
     CUDA accumulates 16-bit products straight in the buffer; on a CPU they are rounded to 16 bits once on their way,
     since its matmuls have no wider output.
     """
-    grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     if buffer is None:
         return grad.t() @ x
     if buffer.dtype == x.dtype:
@@ -66,4 +66,4 @@ def weight_gradient(grad: Tensor, x: Tensor, buffer: Tensor | None = None) -> Te
 
 def bias_gradient(grad: Tensor) -> Tensor:
     """Sum over all rows."""
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad.flatten(0, -2).sum(0)

@@ -24,12 +24,17 @@ def group_of(name: str) -> dist.ProcessGroup:
     return c10d._resolve_process_group(name)
 
 
-def present(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """None for each empty one: operators take lists of tensors only."""
-    return [tensor if tensor.numel() else None for tensor in tensors]
+def present(biases: Sequence[Tensor]) -> list[Tensor | None]:
+    """None for each that stands for none: operators take lists of tensors only."""
+    return [bias if bias.dim() == 1 else None for bias in biases]
 
 
-def absent(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+def absent(biases: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """A tensor [0, 0] for each None; a bias of no features is [0]."""
+    return [like.new_empty(0, 0) if bias is None else bias for bias in biases]
+
+
+def _filled(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """An empty tensor for each None."""
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
@@ -59,19 +64,20 @@ def tp_column(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     sizes: Sequence[int],
+    features: Sequence[int],
     dim: int,
     gathered: bool,
     group: str,
 ) -> list[Tensor]:
     """Outputs of all weights on x: gathered along dim from all ranks, or whole on each. See functional.py.
 
-    biases: one for each weight; empty for none.
+    biases: one for each weight; see absent().
     """
     given = present(biases)
     if not gathered:
         return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, given, strict=True)]
     space = engine.workspace(group_of(group), x.device)
-    outs = engine.column_forward(space, _rows(x, dim), weights, given, _scaled(sizes, x, dim))
+    outs = engine.column_forward(space, _rows(x, dim), weights, given, _scaled(sizes, x, dim), features)
     return [out.view(_shape(x, dim, sum(sizes), w.shape[0])) for out, w in zip(outs, weights, strict=True)]
 
 
@@ -81,6 +87,7 @@ def _(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     sizes: Sequence[int],
+    features: Sequence[int],
     dim: int,
     gathered: bool,
     group: str,
@@ -94,6 +101,7 @@ def column_backward(
     x: Tensor,
     weights: Sequence[Tensor],
     sizes: Sequence[int],
+    features: Sequence[int],
     dim: int,
     gathered: bool,
     group: str,
@@ -111,13 +119,14 @@ def column_backward(
         _rows(x, dim),
         weights,
         _scaled(sizes, x, dim),
+        features,
         gathered,
         need_x,
         need_weights,
         buffers,
     )
     dbs = [bias_gradient(grad) if needed else None for grad, needed in zip(grads, need_biases, strict=True)]
-    return absent([None if dx is None else dx.view(x.shape), *dws, *dbs], x)
+    return _filled([None if dx is None else dx.view(x.shape), *dws, *dbs], x)
 
 
 @torch.library.custom_op("pyshard::tp_column_backward", mutates_args=())
@@ -126,6 +135,7 @@ def tp_column_backward(
     x: Tensor,
     weights: Sequence[Tensor],
     sizes: Sequence[int],
+    features: Sequence[int],
     dim: int,
     gathered: bool,
     group: str,
@@ -135,7 +145,9 @@ def tp_column_backward(
 ) -> list[Tensor]:
     """column_backward() as an operator, without buffers."""
     none = [None] * len(weights)
-    return column_backward(grads, x, weights, sizes, dim, gathered, group, need_x, need_weights, need_biases, none)
+    return column_backward(
+        grads, x, weights, sizes, features, dim, gathered, group, need_x, need_weights, need_biases, none
+    )
 
 
 @tp_column_backward.register_fake
@@ -144,6 +156,7 @@ def _(
     x: Tensor,
     weights: Sequence[Tensor],
     sizes: Sequence[int],
+    features: Sequence[int],
     dim: int,
     gathered: bool,
     group: str,
@@ -159,19 +172,33 @@ def _(
 
 @torch.library.custom_op("pyshard::tp_row", mutates_args=())
 def tp_row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int], dim: int, scattered: bool, group: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    features: int,
+    dim: int,
+    scattered: bool,
+    group: str,
 ) -> Tensor:
     """The sum over ranks of x @ weight.T, and bias: this rank's part along dim, or all. See functional.py."""
     own = group_of(group)
     space = engine.workspace(own, x.device)
-    out = engine.row_forward(space, _rows(x, dim), weight, bias, _scaled(sizes, x, dim), scattered)
+    out = engine.row_forward(space, _rows(x, dim), weight, bias, _scaled(sizes, x, dim), features, scattered)
     rows = sizes[dist.get_rank(own)] if scattered else x.shape[dim]
     return out.view(_shape(x, dim, rows, weight.shape[0]))
 
 
 @tp_row.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int], dim: int, scattered: bool, group: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    features: int,
+    dim: int,
+    scattered: bool,
+    group: str,
 ) -> Tensor:
     rows = sizes[dist.get_rank(group_of(group))] if scattered else x.shape[dim]
     return x.new_empty(_shape(x, dim, rows, weight.shape[0]))
@@ -182,6 +209,7 @@ def row_backward(
     x: Tensor,
     weight: Tensor,
     sizes: Sequence[int],
+    features: int,
     dim: int,
     scattered: bool,
     group: str,
@@ -198,13 +226,14 @@ def row_backward(
         _rows(x, dim),
         weight,
         _scaled(sizes, x, dim),
+        features,
         scattered,
         need_x,
         need_weight,
         need_bias,
         buffer,
     )
-    return absent([None if dx is None else dx.view(x.shape), dw, db], x)
+    return _filled([None if dx is None else dx.view(x.shape), dw, db], x)
 
 
 @torch.library.custom_op("pyshard::tp_row_backward", mutates_args=())
@@ -213,6 +242,7 @@ def tp_row_backward(
     x: Tensor,
     weight: Tensor,
     sizes: Sequence[int],
+    features: int,
     dim: int,
     scattered: bool,
     group: str,
@@ -221,7 +251,7 @@ def tp_row_backward(
     need_bias: bool,
 ) -> list[Tensor]:
     """row_backward() as an operator, without a buffer."""
-    return row_backward(grad, x, weight, sizes, dim, scattered, group, need_x, need_weight, need_bias, None)
+    return row_backward(grad, x, weight, sizes, features, dim, scattered, group, need_x, need_weight, need_bias, None)
 
 
 @tp_row_backward.register_fake
@@ -230,6 +260,7 @@ def _(
     x: Tensor,
     weight: Tensor,
     sizes: Sequence[int],
+    features: int,
     dim: int,
     scattered: bool,
     group: str,

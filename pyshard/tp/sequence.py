@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..placement import TensorShard, set_tensor_shard, tensor_shard
-from . import blocking, mappings
+from . import collectives, mappings
 from .layers import SequenceContext, SharedInput
 from .plans import Route
 from .splits import split_sizes
@@ -113,7 +113,7 @@ def sum_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
                 set_tensor_shard(param, TensorShard(group, tuple(param.shape)))
             summed = getattr(param, _SUMMED, None)
             if param.requires_grad and (summed is None or summed() is not param):
-                param.register_hook(lambda grad: blocking.all_reduce(grad, group))
+                param.register_hook(lambda grad: collectives.all_reduce(grad, group))
                 setattr(param, _SUMMED, weakref.ref(param))
 
     hook(module, ())

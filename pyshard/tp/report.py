@@ -76,19 +76,21 @@ def _choices(layer: _Layer) -> list[str]:
     if isinstance(layer, VocabParallelEmbedding):
         return []
     layers = layer.shared.layers if isinstance(layer, ColumnParallelLinear) and layer.shared is not None else [layer]
+    layers = layer.shared.layers if isinstance(layer, ColumnParallelLinear) and layer.shared is not None else [layer]
+    if isinstance(layer, ColumnParallelLinear):
+        way, columns, features = "column", layer.in_features, tuple(one.out_features for one in layers)
+    else:
+        way, columns, features = "row", layer.out_features, (layer.in_features,)
     kinds = ("gather", "scatter") if layer.sequence_parallel else ("total",)
-    outs = tuple(one.matrix.shape[0] for one in layers)
-    inner = layer.matrix.shape[1]
-    forward, backward = (inner, outs), (sum(outs), (inner,))
     _, choices = engine.chosen(layer.group)
     return [
         _choice(shape, choice)
         for shape, choice in choices.items()
-        if shape.kind in kinds and (shape.inputs, shape.outputs) in (forward, backward)
+        if shape.kind in kinds and shape.way.startswith(way) and (shape.columns, shape.features) == (columns, features)
     ]
 
 
 def _choice(shape: Shape, choice: Choice) -> str:
     what = {"gather": "all-gather", "scatter": "reduce-scatter", "total": "all-reduce"}[shape.kind]
     how = f"overlapped in {choice.chunks} chunk{'s' * (choice.chunks > 1)}" if choice.chunks else "not overlapped"
-    return f"{what} and matmul {shape}: {how}, {choice.why}"
+    return f"{shape.way}, {what} and matmul, {shape}: {how}, {choice.why}"
