@@ -77,7 +77,9 @@ def choose(kind: str, world: int, most: int, measured: list[bytes]) -> Choice:
 
     # What the model says of more chunks, from where the measurement of one is.
     more = tuple(
-        (chunks, times.overlapped + predict(chunks) - predict(1)) for chunks in (2, 4, 8, 16) if chunks <= most
+        (chunks, max(times.overlapped + predict(chunks) - predict(1), times.matmul))
+        for chunks in (2, 4, 8, 16)
+        if chunks <= most
     )
     all_of_them = [(0, times.apart), (1, times.overlapped), *more]
     return Choice(min(all_of_them, key=lambda one: one[1])[0], times, more)

@@ -360,7 +360,8 @@ def _chosen(
             seconds, result = _seconds(space, name, lambda: call(1))
             overlapped.append(seconds)
         told = space.exchange(Times(min(alone), min(apart), min(overlapped)).pack(), f"choosing how to overlap {name}")
-        _choices[space.group.group_name][shape] = choose(shape.kind, space.world, space.slots, told)
+        most = 1 if space.in_place else space.slots  # where nothing travels, more chunks hide nothing more
+        _choices[space.group.group_name][shape] = choose(shape.kind, space.world, most, told)
         return result
 
 
