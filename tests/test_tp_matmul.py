@@ -33,9 +33,13 @@ def _every_case(seed: int) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def _transport(rank: int, world: int, transport: str, chunks: int | None, seed: int) -> dict[str, list[torch.Tensor]]:
+def _transport(
+    rank: int, world: int, transport: str, chunks: int | None, form: str, seed: int
+) -> dict[str, list[torch.Tensor]]:
     from pyshard import tp
+    from pyshard.tp import choose, engine
 
+    engine.even = getattr(choose, form)  # what chunks= cuts into
     tp.configure(dist.group.WORLD, transport=transport, timeout=30, chunks=chunks)
     first = _every_case(seed)
     again = _every_case(seed)  # now with what the first calls have chosen
@@ -45,13 +49,14 @@ def _transport(rank: int, world: int, transport: str, chunks: int | None, seed: 
     return again
 
 
-WAYS = [(name, chunks) for name in ("shm", "ring") for chunks in (None, 0, 1, 3)] + [("blocking", None)]
+WAYS = [(name, chunks, "even") for name in ("shm", "ring") for chunks in (None, 0, 1, 3)]
+WAYS += [("ring", 5, "shrinking"), ("ring", 4, "growing"), ("blocking", None, "even")]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize(("transport", "chunks"), WAYS)
-def test_values_and_gradients(world: int, transport: str, chunks: int | None, seed: int) -> None:
-    ranks.run(_transport, world, transport, chunks, seed)
+@pytest.mark.parametrize(("transport", "chunks", "form"), WAYS)
+def test_values_and_gradients(world: int, transport: str, chunks: int | None, form: str, seed: int) -> None:
+    ranks.run(_transport, world, transport, chunks, form, seed)
 
 
 def _in_triton(rank: int, world: int, chunks: int, seed: int) -> None:

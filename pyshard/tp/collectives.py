@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import blocking, engine
 from .splits import split_sizes
-from .workspace import Compute, Gather, Scatter, Total
+from .workspace import WHOLE, Compute, Gather, Scatter, Total
 
 
 def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -28,7 +28,7 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGro
         return blocking.all_gather(x, dim, sizes, group)
     name = "all-gather"
     with engine.telling(space, name):
-        whole = Gather(space, _rows(x, dim), sizes, 1, name).whole()
+        whole = Gather(space, _rows(x, dim), sizes, WHOLE, name).whole()
     return whole.view(_with(x, dim, sum(sizes)))
 
 
@@ -44,7 +44,7 @@ def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: dist.Proces
         return blocking.reduce_scatter(x, dim, sizes, group)
     name, rows = "reduce-scatter", _rows(x, dim)
     with engine.telling(space, name):
-        sums = Scatter(space, rows.shape[0], sizes, rows.shape[2], x.dtype, 1, name)
+        sums = Scatter(space, rows.shape[0], sizes, rows.shape[2], x.dtype, WHOLE, name)
         sums.run(_copier(rows))
         return sums.result().view(_with(x, dim, sizes[space.rank]))
 
@@ -56,7 +56,7 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
         return blocking.all_reduce(x, group)
     name, rows = "all-reduce", x.reshape(1, -1, x.shape[-1] if x.dim() > 1 else 1)
     with engine.telling(space, name):
-        sums = Total(space, 1, split_sizes(rows.shape[1], space.world), rows.shape[2], x.dtype, 1, name)
+        sums = Total(space, 1, split_sizes(rows.shape[1], space.world), rows.shape[2], x.dtype, WHOLE, name)
         sums.run(_copier(rows))
         return sums.result().view(x.shape)
 

@@ -6,6 +6,7 @@ call is decided here, once for each shape, and kept for explain().
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import blocking
-from .choose import Choice, Shape, Times, choose
+from .choose import SMALL, Choice, Ends, Shape, Times, choose, even
 from .matmul import bias_gradient, input_gradient, matmul_into, weight_gradient
-from .workspace import TRANSPORTS, Compute, Gather, Scatter, Total, Workspace
+from .workspace import TRANSPORTS, WHOLE, Compute, Gather, Scatter, Total, Workspace
 
 _TIMEOUT = 300.0  # seconds
 _MEASUREMENTS = 3  # of each candidate, of which the fastest counts: the first may prepare kernels and memory
@@ -124,20 +125,20 @@ def column_forward(
     name = "all-gather and matmul"
     whole = sum(sizes)
 
-    def call(chunks: int) -> list[Tensor]:
-        if chunks == 0:
-            return _linears(Gather(space, x, sizes, 1, name).whole(), weights, biases)
+    def call(ends: Ends) -> list[Tensor]:
+        if not ends:
+            return _linears(Gather(space, x, sizes, WHOLE, name).whole(), weights, biases)
         if _fused(space, x):
             assert space.fused is not None
             return [out[None] for out in space.fused.all_gather_matmul(x[0], weights, biases, sizes)]
         outs = [x.new_empty(x.shape[0], whole, weight.shape[0]) for weight in weights]
-        for begin, rows in Gather(space, x, sizes, chunks, name):
+        for begin, rows in Gather(space, x, sizes, ends, name):
             for weight, bias, out in zip(weights, biases, outs, strict=True):
                 matmul_into(rows, weight, out[:, begin : begin + rows.shape[1]], bias)
         return outs
 
-    def matmul() -> object:
-        return _linears(x.new_zeros(x.shape[0], whole, x.shape[2]), weights, biases)
+    def matmul(rows: int) -> object:
+        return _linears(x.new_zeros(x.shape[0], rows, x.shape[2]), weights, biases)
 
     way = "column forward"
     shape = Shape("gather", way, x.shape[0], tuple(sizes), x.shape[2], tuple(features), str(x.dtype))
@@ -170,7 +171,7 @@ def column_backward(
         if space.transport is None:
             whole = blocking.all_gather(x, 1, sizes, space.group)
         else:
-            gather = Gather(space, x, sizes, 1, "gathering the input again")
+            gather = Gather(space, x, sizes, WHOLE, "gathering the input again")
     elif not gathered:
         whole = x
     found: list[Tensor | None] = [None] * len(weights)
@@ -245,23 +246,23 @@ def row_backward(
         name = "all-gather of the gradient and matmul"
         keep = need_weight or need_bias
 
-        def call(chunks: int) -> tuple[Tensor | None, Tensor]:
+        def call(ends: Ends) -> tuple[Tensor | None, Tensor]:
             out = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-            if chunks == 0 or out is None:
-                gathered = Gather(space, grad, sizes, 1, name).whole()
+            if not ends or out is None:
+                gathered = Gather(space, grad, sizes, WHOLE, name).whole()
                 if out is not None:
                     input_gradient([gathered], [weight], out)
                 return out, gathered
             gathered = grad.new_empty(x.shape[0], x.shape[1], grad.shape[2]) if keep else grad
-            for begin, rows in Gather(space, grad, sizes, chunks, name):
+            for begin, rows in Gather(space, grad, sizes, ends, name):
                 end = begin + rows.shape[1]
                 input_gradient([rows], [weight], out[:, begin:end])
                 if keep:
                     gathered[:, begin:end] = rows
             return out, gathered
 
-        def matmul() -> object:
-            return grad.new_zeros(x.shape[0], x.shape[1], grad.shape[2]) @ weight
+        def matmul(rows: int) -> object:
+            return grad.new_zeros(x.shape[0], rows, grad.shape[2]) @ weight
 
         way = "row backward"
         shape = Shape("gather", way, x.shape[0], tuple(sizes), weight.shape[0], (features,), str(x.dtype))
@@ -290,13 +291,13 @@ def _reduced(
     columns = shape.columns
     scattered = shape.kind == "scatter"
 
-    def matmul() -> Tensor:
-        out = torch.empty(shape.outer, whole, columns, dtype=dtype, device=space.device)
-        compute(0, whole, out)
+    def matmul(rows: int) -> Tensor:
+        out = torch.empty(shape.outer, rows, columns, dtype=dtype, device=space.device)
+        compute(0, rows, out)
         return out
 
     if space.transport is None:
-        partial = matmul()
+        partial = matmul(whole)
         if scattered:
             result = blocking.reduce_scatter(partial, 1, shape.sizes, space.group, bias)
         else:
@@ -307,14 +308,14 @@ def _reduced(
     name = "matmul and reduce-scatter" if scattered else "matmul and all-reduce"
     make = Scatter if scattered else Total
 
-    def call(chunks: int) -> Tensor:
-        if chunks and scattered and product is not None and _fused(space, product[0]):
+    def call(ends: Ends) -> Tensor:
+        if ends and scattered and product is not None and _fused(space, product[0]):
             assert space.fused is not None
             out = space.fused.matmul_reduce_scatter(product[0][0], product[1], bias, shape.sizes)[None]
             if between is not None and measured:
                 between()
             return out
-        sums = make(space, shape.outer, shape.sizes, columns, dtype, chunks, name)
+        sums = make(space, shape.outer, shape.sizes, columns, dtype, ends, name)
         sums.run(compute)
         if between is not None and measured:
             between()
@@ -341,25 +342,29 @@ def _known(space: Workspace, shape: Shape) -> Choice | None:
     forced = _settings.get(space.group.group_name, Settings()).chunks
     known = _choices[space.group.group_name]
     if shape not in known and forced is not None:
-        known[shape] = Choice(min(forced, space.slots))
+        known[shape] = Choice(even(min(forced, space.slots)) if forced else ())
     return known.get(shape)
 
 
 def _chosen(
-    space: Workspace, shape: Shape, name: str, call: Callable[[int], Result], matmul: Callable[[], object]
+    space: Workspace, shape: Shape, name: str, call: Callable[[Ends], Result], matmul: Callable[[int], object]
 ) -> Result:
-    """call(chunks) with what is best for the shape, which its first call finds out."""
+    """call(ends) with what is best for the shape, which its first call finds out. matmul(rows): its matmul alone."""
     with telling(space, name):
         choice = _known(space, shape)
         if choice is not None:
-            return call(choice.chunks)
-        alone, apart, overlapped = [], [], []
+            return call(choice.ends)
+        rows = sum(shape.sizes)
+        part = math.ceil(rows / space.world * SMALL)
+        alone, small, apart, overlapped = [], [], [], []
         for _ in range(_MEASUREMENTS):
-            alone.append(_seconds(space, name, matmul)[0])
-            apart.append(_seconds(space, name, lambda: call(0))[0])
-            seconds, result = _seconds(space, name, lambda: call(1))
+            alone.append(_seconds(space, name, lambda: matmul(rows))[0])
+            small.append(_seconds(space, name, lambda: matmul(part))[0])
+            apart.append(_seconds(space, name, lambda: call(()))[0])
+            seconds, result = _seconds(space, name, lambda: call(WHOLE))
             overlapped.append(seconds)
-        told = space.exchange(Times(min(alone), min(apart), min(overlapped)).pack(), f"choosing how to overlap {name}")
+        times = Times(min(alone), min(small), min(apart), min(overlapped))
+        told = space.exchange(times.pack(), f"choosing how to overlap {name}")
         most = 1 if space.in_place else space.slots  # where nothing travels, more chunks hide nothing more
         _choices[space.group.group_name][shape] = choose(shape.kind, space.world, most, told)
         return result

@@ -92,5 +92,4 @@ def _choices(layer: _Layer) -> list[str]:
 
 def _choice(shape: Shape, choice: Choice) -> str:
     what = {"gather": "all-gather", "scatter": "reduce-scatter", "total": "all-reduce"}[shape.kind]
-    how = f"overlapped in {choice.chunks} chunk{'s' * (choice.chunks > 1)}" if choice.chunks else "not overlapped"
-    return f"{shape.way}, {what} and matmul, {shape}: {how}, {choice.why}"
+    return f"{shape.way}, {what} and matmul, {shape}: {choice.how}, {choice.why}"

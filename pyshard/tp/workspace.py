@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..comm import Arena, Transport
 from ..comm.choose import choose
+from .choose import Ends, even
 from .splits import bounds
 from .sums import sum_in_order
 
@@ -40,6 +41,8 @@ _FORMAT = struct.Struct("<QIIqqq")
 _SMALLEST = 1 << 16  # bytes of a slot; sizes go up by factors of two, so that shapes share slots
 # Slots of one size, and so the most chunks of a call. Where memory is read in place chunks have nothing to hide.
 _SLOTS, _SLOTS_IN_PLACE = 8, 2
+
+WHOLE = even(1)
 
 # Writes rows [begin, end) of a whole into a tensor [outer, end - begin, columns].
 Compute = Callable[[int, int, Tensor], None]
@@ -168,11 +171,12 @@ class _Blocks:
         sizes: Sequence[int],
         columns: int,
         dtype: torch.dtype,
-        chunks: int,
+        ends: Ends,
     ):
         self.space, self.operation, self.outer, self.sizes = space, operation, outer, list(sizes)
         self.columns, self.dtype = columns, dtype
-        self.chunks = max(1, min(chunks, space.slots, max(self.sizes)))
+        self._ends = (0.0, *ends)
+        self.chunks = len(ends)
         self.number = space.call()
         self._kind = zlib.crc32(operation.encode())
 
@@ -180,7 +184,7 @@ class _Blocks:
         """[begin, end) of a chunk of a rank's rows, counted in the whole."""
         begin, _ = bounds(self.sizes, rank)
         size = self.sizes[rank]
-        return begin + size * chunk // self.chunks, begin + size * (chunk + 1) // self.chunks
+        return begin + round(size * self._ends[chunk]), begin + round(size * self._ends[chunk + 1])
 
     def nbytes(self, rows: int) -> int:
         """Of a block of rows with its header, in whole cache lines."""
@@ -236,12 +240,12 @@ class Gather:
     Args:
         x: of this rank.
         sizes: rows of each rank.
-        chunks: into how many each rank's rows are cut on their way.
+        ends: of the chunks into which each rank's rows are cut on their way; see choose.py.
     """
 
-    def __init__(self, space: Workspace, x: Tensor, sizes: Sequence[int], chunks: int, operation: str):
+    def __init__(self, space: Workspace, x: Tensor, sizes: Sequence[int], ends: Ends, operation: str):
         self._x, self._rank = x, space.rank
-        self._blocks = blocks = _Blocks(space, operation, x.shape[0], sizes, x.shape[2], x.dtype, chunks)
+        self._blocks = blocks = _Blocks(space, operation, x.shape[0], sizes, x.shape[2], x.dtype, ends)
         self._slots = []
         first, _ = bounds(blocks.sizes, space.rank)
         for chunk in range(blocks.chunks):
@@ -283,7 +287,7 @@ class Scatter:
     """Sums over ranks of [outer, all rows, columns]; each rank gets the rows that are its own.
 
     run() computes what the other ranks own first, chunk by chunk, each on its way while the next is computed, and this
-    rank's own rows last; result() adds up in rank order. With chunks=0 all rows are computed at once.
+    rank's own rows last; result() adds up in rank order. Without ends all rows are computed at once.
     """
 
     def __init__(
@@ -293,11 +297,11 @@ class Scatter:
         sizes: Sequence[int],
         columns: int,
         dtype: torch.dtype,
-        chunks: int,
+        ends: Ends,
         operation: str,
     ):
-        self._space, self._operation, self._at_once = space, operation, chunks == 0
-        self._blocks = _Blocks(space, operation, outer, sizes, columns, dtype, chunks)
+        self._space, self._operation, self._at_once = space, operation, not ends
+        self._blocks = _Blocks(space, operation, outer, sizes, columns, dtype, ends or WHOLE)
         self._slots: list[Slot] = []
         self._own = torch.empty(0)
 
@@ -388,15 +392,15 @@ class Total:
         sizes: Sequence[int],
         columns: int,
         dtype: torch.dtype,
-        chunks: int,
+        ends: Ends,
         operation: str,
     ):
-        self._space, self._operation, self._chunks = space, operation, chunks
+        self._space, self._operation, self._ends = space, operation, ends or WHOLE
         self._scatter = None
         if space.world > 2:
-            self._scatter = Scatter(space, outer, sizes, columns, dtype, chunks, operation)
+            self._scatter = Scatter(space, outer, sizes, columns, dtype, ends, operation)
         else:
-            self._blocks = _Blocks(space, operation, outer, [sum(sizes)], columns, dtype, chunks)
+            self._blocks = _Blocks(space, operation, outer, [sum(sizes)], columns, dtype, self._ends)
             self._slots: list[Slot] = []
 
     def run(self, compute: Compute) -> None:
@@ -418,7 +422,7 @@ class Total:
         if self._scatter is not None:
             own = self._scatter.result(bias)
             sizes = self._scatter._blocks.sizes
-            return Gather(self._space, own, sizes, self._chunks, f"{self._operation}, gathering the sums").whole()
+            return Gather(self._space, own, sizes, self._ends, f"{self._operation}, gathering the sums").whole()
         blocks = self._blocks
         out = torch.empty(
             blocks.outer, sum(blocks.sizes), blocks.columns, dtype=blocks.dtype, device=self._space.device
