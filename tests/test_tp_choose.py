@@ -75,11 +75,13 @@ def test_explain() -> None:
         lines = model.splitlines()
         assert lines[0].startswith("ranks [0, 1], transport shm: all 2 ranks run on this host")
         assert lines[1].startswith("  0: column; forward gathers the rows")
-        assert lines[2].startswith("    column forward, all-gather and matmul, 8 rows x 8 x 12 / 2, torch.float32: ")
+        assert lines[2].startswith(
+            "    column forward, all-gather and matmul, up to 8 rows x 8 x 12 / 2, torch.float32: "
+        )
         row = next(i for i, line in enumerate(lines) if line.startswith("  1: row; forward reduce-scatters"))
         beneath = "\n".join(lines[row + 1 : row + 3])
-        assert "    row forward, reduce-scatter and matmul, 8 rows x 8 x 12 / 2, torch.float32: " in beneath
-        assert "    row backward, all-gather and matmul, 8 rows x 8 x 12 / 2, torch.float32: " in beneath
+        assert "    row forward, reduce-scatter and matmul, up to 8 rows x 8 x 12 / 2, torch.float32: " in beneath
+        assert "    row backward, all-gather and matmul, up to 8 rows x 8 x 12 / 2, torch.float32: " in beneath
         assert any(line.startswith("  2: row; forward all-reduces the output") for line in lines)
         assert group.count("matmul") >= 4
     with pytest.raises(TypeError, match="expected a model or a process group"):

@@ -138,6 +138,81 @@ def test_a_rank_that_fails_inside_a_call_ends_the_others_at_once(transport: str)
     assert "no memory for the output" in outcomes[0].error  # and not that it waited in vain
 
 
+def _fails_in_backward(rank: int, world: int, transport: str) -> None:
+    from pyshard import tp
+    from pyshard.tp import engine
+
+    tp.configure(dist.group.WORLD, transport=transport, timeout=30, chunks=1)
+    x, w = torch.ones(8, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
+    if rank == 1:
+
+        def broken(*arguments: Any) -> None:
+            raise MemoryError("no memory for a gradient")
+
+        engine.weight_gradient = broken
+    for _ in range(2):
+        _call("gather", x, w).sum().backward()
+        _call("scatter", x, w).sum().backward()
+
+
+@pytest.mark.parametrize("transport", ["shm", "ring"])
+def test_a_rank_that_fails_in_backward_ends_the_others_at_once(transport: str) -> None:
+    outcomes = ranks.run(_fails_in_backward, 2, transport, seconds=SECONDS, quiet=True)
+    assert outcomes[1].error == "MemoryError: no memory for a gradient"
+    assert outcomes[0].error is not None
+    assert "no memory for a gradient" in outcomes[0].error
+
+
+def _two_groups(rank: int, world: int) -> None:
+    """Two threads, each with a group of its own, that come to their first calls in different orders on the ranks."""
+    import threading
+
+    groups = [dist.new_group([0, 1]) for _ in range(2)]
+    x, w = torch.arange(12.0).view(3, 4), torch.ones(5, 4)
+    found: list[torch.Tensor | None] = [None, None]
+
+    def work(i: int) -> None:
+        from pyshard import tp
+
+        if i == rank:
+            time.sleep(0.3)
+        for _ in range(5):
+            found[i] = tp.all_gather_matmul(x + rank, w, group=groups[i])
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS / 2)
+        assert not thread.is_alive()
+    for one in found:
+        assert one is not None
+        assert torch.equal(one, torch.cat([x, x + 1]) @ w.t())
+
+
+def test_two_groups_in_two_threads() -> None:
+    ranks.run(_two_groups, 2, seconds=SECONDS)
+
+
+def _many_groups(rank: int, world: int) -> list[int]:
+    from pyshard import tp
+
+    x, w, open_files = torch.ones(3, 4), torch.ones(5, 4), []
+    for turn in range(6):
+        group = dist.new_group([0, 1])
+        tp.all_gather_matmul(x, w, group=group)
+        if turn % 2:
+            tp.close(group)
+        dist.destroy_process_group(group)
+        open_files.append(len(os.listdir("/proc/self/fd")))
+    return open_files
+
+
+def test_groups_that_are_gone_hold_nothing() -> None:
+    for outcome in ranks.run(_many_groups, 2):
+        assert outcome.value[5] <= outcome.value[1] + 2  # one workspace more, whose group went last
+
+
 BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("all_gather_matmul", "two dimensions or more", {"x": torch.ones(4)}),
     ("all_gather_matmul", "expected \\[out, 4\\]", {"weight": torch.ones(5, 3)}),

@@ -302,3 +302,36 @@ def _meta(rank: int, world: int, seed: int) -> None:
 
 def test_meta_device(seed: int) -> None:
     run(_meta, 2, seed)
+
+
+def _fp32_gradients(rank: int, world: int) -> None:
+    """bf16 layers whose weight gradients add up in fp32, where bf16 would round each sum."""
+    group = dist.group.WORLD
+    torch.manual_seed(3)
+    layers = [
+        ColumnParallelLinear(8, 12, group=group, main_grad=True, dtype=torch.bfloat16),
+        RowParallelLinear(12, 8, group=group, main_grad=True, dtype=torch.bfloat16),
+    ]
+    model = nn.Sequential(*layers)
+    totals = [torch.zeros_like(layer.weight, dtype=torch.float32) for layer in layers]
+    for step in range(3):
+        x = torch.randn(5, 8).bfloat16() * 3**step
+        one = torch.autograd.grad(model(x).square().sum(), [layer.weight for layer in layers])
+        for total, gradient in zip(totals, one, strict=True):
+            total += gradient.float()
+        model(x).square().sum().backward()
+        for layer, total in zip(layers, totals, strict=True):
+            assert layer.weight.grad.dtype == torch.float32
+            assert torch.equal(layer.weight.grad, total), step
+    # What nobody asks for is not touched.
+    before = layers[0].weight.grad.clone()
+    x.requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+    assert torch.equal(layers[0].weight.grad, before)
+    (asked,) = torch.autograd.grad(model(x).sum(), layers[0].weight)
+    assert asked.abs().sum() > 0
+    assert torch.equal(layers[0].weight.grad, before)
+
+
+def test_main_grad_of_16_bit_layers() -> None:
+    run(_fp32_gradients, 2)

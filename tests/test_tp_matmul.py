@@ -53,7 +53,11 @@ WAYS = [(name, chunks, "even") for name in ("shm", "ring") for chunks in (None, 
 WAYS += [("ring", 5, "shrinking"), ("ring", 4, "growing"), ("blocking", None, "even")]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_one_rank(seed: int) -> None:
+    ranks.run(_transport, 1, "auto", None, "even", seed)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize(("transport", "chunks", "form"), WAYS)
 def test_values_and_gradients(world: int, transport: str, chunks: int | None, form: str, seed: int) -> None:
     ranks.run(_transport, world, transport, chunks, form, seed)

@@ -1,10 +1,10 @@
 """Tensor parallel: layers whose weights are cut over ranks, and whose communication hides behind their matmuls."""
 
-from .engine import configure
+from .engine import close, configure
 from .functional import all_gather_matmul, copied_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .splits import split_sizes
 
-__all__ = ["all_gather_matmul", "configure", "copied_matmul", "matmul_all_reduce", "matmul_reduce_scatter"]
+__all__ = ["all_gather_matmul", "close", "configure", "copied_matmul", "matmul_all_reduce", "matmul_reduce_scatter"]
 __all__ += ["split_sizes"]
 
 # Each imported when first asked for, so that the functions alone cost no import of models' code.

@@ -2,13 +2,16 @@
 
 The first call of a shape is timed without overlap and in one chunk, and so is its matmul alone. More chunks are
 predicted by a model of the pipeline. Ranks compare notes and take the slowest of each, so they choose alike, and the
-choice stays. Results do not depend on it: sums are in rank order in any case.
+choice stays. Sums over ranks have the same bits in any case; products may not, where a library multiplies few rows in
+another order than many.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+
+import torch
 
 # What one more message costs beside its bytes: calls, threads that wake up. Measured on two ranks of one thread over
 # gloo.
@@ -42,15 +45,16 @@ class Shape:
 
     kind: str  # gather | scatter | total
     way: str  # column | row, forward | backward
-    outer: int
-    sizes: tuple[int, ...]  # rows of each rank
+    rows: int  # of all ranks, rounded up to a power of two: lengths that vary must not all be measured
+    batched: bool  # rows of several outer indices
+    world: int
     columns: int  # of what is exchanged
     features: tuple[int, ...]  # on all ranks together, of each weight, along what is cut; 0: nobody has said
-    dtype: str
+    dtype: torch.dtype
 
     def __str__(self) -> str:
         cut = "+".join(str(count or "?") for count in self.features)
-        return f"{self.outer * sum(self.sizes)} rows x {self.columns} x {cut} / {len(self.sizes)}, {self.dtype}"
+        return f"up to {self.rows} rows x {self.columns} x {cut} / {self.world}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,13 @@ class Choice:
         ends: of the chunks; none: no overlap.
         times: what was measured; None: the choice was set.
         predicted: for other ends, seconds.
+        limited: more chunks were asked for than the transport has slots for.
     """
 
     ends: Ends
     times: Times | None = None
     predicted: tuple[tuple[Ends, float], ...] = ()
+    limited: bool = False
 
     @property
     def how(self) -> str:
@@ -90,7 +96,7 @@ class Choice:
     def why(self) -> str:
         """In words, with the numbers that it came from."""
         if self.times is None:
-            return "as set by chunks="
+            return "as set by chunks=" + (", of which the transport takes no more" if self.limited else "")
         times = self.times
         text = (
             f"measured {1e3 * times.matmul:.2f} ms for the matmul, {1e3 * times.apart:.2f} with the communication "

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,12 @@ _TIMEOUT = 300.0  # seconds
 _MEASUREMENTS = 3  # of each candidate, of which the fastest counts: the first may prepare kernels and memory
 
 Result = TypeVar("Result")
+P = ParamSpec("P")
 
 _settings: dict[str, Settings] = {}  # by name of the group
-_workspaces: dict[str, Workspace] = {}
-_choices: dict[str, dict[Shape, Choice]] = {}
-_lock = threading.RLock()
+_workspaces: dict[tuple[str, torch.device], Workspace] = {}
+_lock = threading.RLock()  # of these
+_making: dict[str, threading.Lock] = {}  # of each group: making a workspace waits for the other ranks
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ def configure(
     Args:
         transport: "shm" (CPU ranks on one host read each other's memory), "ring" (messages in chunks over gloo or
             NCCL), "symm_mem" (GPUs with access to each other's memory), "blocking" (plain collectives, nothing
-            overlapped), or "auto": the fastest that serves the group; explain() says which, and why.
+            overlapped, and the timeout is the group's own), or "auto": the first of shm or symm_mem, and ring, that
+            serves the group; explain() says which, and why.
         timeout: seconds after which a rank that does not answer is a pyshard.comm.PeerError.
-        chunks: into how many parts every transfer is cut; 0: no overlap; None: chosen for each shape from a
-            measurement in its first call.
+        chunks: into how many parts every transfer is cut, 8 at most (2 over shm and symm_mem); 0: no overlap; None:
+            chosen from a measurement in the first call of each shape. Then the bits of products may differ from run to
+            run, where a library multiplies few rows in another order than many; with a number they do not.
 
     Raises:
         ValueError, TypeError: an argument is none of these.
@@ -74,34 +78,63 @@ def configure(
 
 
 def close(group: dist.ProcessGroup) -> None:
-    """Gives back memory and connections of a group; harmless when repeated. The next call makes them again."""
+    """Gives back memory and connections of a group, and forgets configure(); harmless when repeated. The next call
+    makes them again. Call it before destroy_process_group of a group that is not the last."""
     with _lock:
-        space = _workspaces.pop(group.group_name, None)
-        _choices.pop(group.group_name, None)
         _settings.pop(group.group_name, None)
-        if space is not None:
-            space.close()
+        closing = [key for key, space in _workspaces.items() if key[0] == group.group_name or _is_gone(space.group)]
+        spaces = [_workspaces.pop(key) for key in closing]
+    for space in spaces:
+        space.close()
 
 
 def workspace(group: dist.ProcessGroup, device: torch.device) -> Workspace:
-    """Of a group, made at the first call, which all ranks come to together."""
+    """Of a group and a device, made at the first call, which all ranks come to together."""
+    key = group.group_name, device
     with _lock:
-        space = _workspaces.get(group.group_name)
-        if space is not None and space.group is not group:  # a group that was destroyed had this name
-            close(space.group)
-            space = None
-        if space is None:
+        space = _workspaces.get(key)
+        making = _making.setdefault(group.group_name, threading.Lock())
+    if space is not None and space.group is group:
+        return space
+    with making:
+        space = _workspaces.get(key)
+        if space is None or space.group is not group:  # a group that was destroyed had this name
+            with _lock:
+                gone = [_workspaces.pop(key) for key, space in list(_workspaces.items()) if _is_gone(space.group)]
+            for one in gone:
+                one.close()
             settings = _settings.get(group.group_name, Settings())
-            space = _workspaces[group.group_name] = Workspace(group, settings.transport, device, settings.timeout)
-            _choices[group.group_name] = {}
+            space = Workspace(group, settings.transport, device, settings.timeout)
+            with _lock:
+                _workspaces[key] = space
         return space
 
 
-def chosen(group: dist.ProcessGroup) -> tuple[Workspace | None, dict[Shape, Choice]]:
-    """What the group uses, and what was chosen for each shape so far; for explain()."""
-    return _workspaces.get(group.group_name), dict(_choices.get(group.group_name, {}))
+def _is_gone(group: dist.ProcessGroup) -> bool:
+    """Whether the group was destroyed."""
+    c10d: Any = dist.distributed_c10d  # whose types do not tell of this
+    return group not in c10d._world.pg_map
 
 
+def workspaces(group: dist.ProcessGroup) -> list[Workspace]:
+    """What the group uses so far, for explain()."""
+    with _lock:
+        return [space for (name, _), space in _workspaces.items() if name == group.group_name]
+
+
+def _told(call: Callable[P, Result]) -> Callable[P, Result]:
+    """The call, telling() of its errors."""
+
+    @wraps(call)
+    def wrapped(*arguments: P.args, **named: P.kwargs) -> Result:
+        space: Any = arguments[0]
+        with telling(space, call.__name__.replace("_", " ")):
+            return call(*arguments, **named)
+
+    return wrapped
+
+
+@_told
 def column_forward(
     space: Workspace,
     x: Tensor,
@@ -141,10 +174,11 @@ def column_forward(
         return _linears(x.new_zeros(x.shape[0], rows, x.shape[2]), weights, biases)
 
     way = "column forward"
-    shape = Shape("gather", way, x.shape[0], tuple(sizes), x.shape[2], tuple(features), str(x.dtype))
-    return _chosen(space, shape, name, call, matmul)
+    shape = _shape("gather", way, x, sizes, x.shape[2], features)
+    return _chosen(space, shape, name, whole, call, matmul)
 
 
+@_told
 def column_backward(
     space: Workspace,
     grads: Sequence[Tensor],
@@ -191,11 +225,12 @@ def column_backward(
             between()
         return None, found
     kind = "scatter" if gathered else "total"
-    shape = Shape(kind, "column backward", x.shape[0], tuple(sizes), x.shape[2], tuple(features), str(x.dtype))
+    shape = _shape(kind, "column backward", x, sizes, x.shape[2], features)
     product = (grads[0], weights[0].t()) if len(weights) == 1 else None
-    return _reduced(space, shape, x.dtype, compute, product, None, between), found
+    return _reduced(space, shape, x, sizes, compute, product, None, between), found
 
 
+@_told
 def row_forward(
     space: Workspace,
     x: Tensor,
@@ -211,14 +246,15 @@ def row_forward(
         x: [outer, sum(sizes), D_rank]. weight: [F, D_rank]. bias: [F], the same on all ranks.
     """
     kind = "scatter" if scattered else "total"
-    shape = Shape(kind, "row forward", x.shape[0], tuple(sizes), weight.shape[0], (features,), str(x.dtype))
+    shape = _shape(kind, "row forward", x, sizes, weight.shape[0], [features])
 
     def compute(begin: int, end: int, out: Tensor) -> None:
         matmul_into(x[:, begin:end], weight, out)
 
-    return _reduced(space, shape, x.dtype, compute, (x, weight), bias, None)
+    return _reduced(space, shape, x, sizes, compute, (x, weight), bias, None)
 
 
+@_told
 def row_backward(
     space: Workspace,
     grad: Tensor,
@@ -242,16 +278,17 @@ def row_backward(
     dx = None
     if scattered and space.transport is None:
         whole = blocking.all_gather(grad, 1, sizes, space.group)
+    elif scattered and not need_x:
+        whole = Gather(space, grad, sizes, WHOLE, "all-gather of the gradient").whole()
     elif scattered:
         name = "all-gather of the gradient and matmul"
         keep = need_weight or need_bias
 
-        def call(ends: Ends) -> tuple[Tensor | None, Tensor]:
-            out = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-            if not ends or out is None:
+        def call(ends: Ends) -> tuple[Tensor, Tensor]:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            if not ends:
                 gathered = Gather(space, grad, sizes, WHOLE, name).whole()
-                if out is not None:
-                    input_gradient([gathered], [weight], out)
+                input_gradient([gathered], [weight], out)
                 return out, gathered
             gathered = grad.new_empty(x.shape[0], x.shape[1], grad.shape[2]) if keep else grad
             for begin, rows in Gather(space, grad, sizes, ends, name):
@@ -265,8 +302,8 @@ def row_backward(
             return grad.new_zeros(x.shape[0], rows, grad.shape[2]) @ weight
 
         way = "row backward"
-        shape = Shape("gather", way, x.shape[0], tuple(sizes), weight.shape[0], (features,), str(x.dtype))
-        dx, whole = _chosen(space, shape, name, call, matmul)
+        shape = _shape("gather", way, x, sizes, weight.shape[0], [features])
+        dx, whole = _chosen(space, shape, name, x.shape[1], call, matmul)
     if need_x and dx is None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         input_gradient([whole], [weight], dx)
@@ -277,7 +314,8 @@ def row_backward(
 def _reduced(
     space: Workspace,
     shape: Shape,
-    dtype: torch.dtype,
+    x: Tensor,
+    sizes: Sequence[int],
     compute: Compute,
     product: tuple[Tensor, Tensor] | None,
     bias: Tensor | None,
@@ -285,21 +323,21 @@ def _reduced(
 ) -> Tensor:
     """The sum over ranks of what compute() writes; between() runs while the last parts are on their way.
 
+    x: of the call; of its dtype and outer size.
     product: the x and weight whose x @ weight.T compute() writes, if it is just one.
     """
-    whole = sum(shape.sizes)
-    columns = shape.columns
+    whole, columns = sum(sizes), shape.columns
     scattered = shape.kind == "scatter"
 
     def matmul(rows: int) -> Tensor:
-        out = torch.empty(shape.outer, rows, columns, dtype=dtype, device=space.device)
+        out = x.new_empty(x.shape[0], rows, columns)
         compute(0, rows, out)
         return out
 
     if space.transport is None:
         partial = matmul(whole)
         if scattered:
-            result = blocking.reduce_scatter(partial, 1, shape.sizes, space.group, bias)
+            result = blocking.reduce_scatter(partial, 1, sizes, space.group, bias)
         else:
             result = blocking.all_reduce(partial, space.group, bias)
         if between is not None:
@@ -311,18 +349,18 @@ def _reduced(
     def call(ends: Ends) -> Tensor:
         if ends and scattered and product is not None and _fused(space, product[0]):
             assert space.fused is not None
-            out = space.fused.matmul_reduce_scatter(product[0][0], product[1], bias, shape.sizes)[None]
+            out = space.fused.matmul_reduce_scatter(product[0][0], product[1], bias, sizes)[None]
             if between is not None and measured:
                 between()
             return out
-        sums = make(space, shape.outer, shape.sizes, columns, dtype, ends, name)
+        sums = make(space, x.shape[0], sizes, columns, x.dtype, ends, name)
         sums.run(compute)
         if between is not None and measured:
             between()
         return sums.result(bias)
 
     measured = _known(space, shape) is not None
-    result = _chosen(space, shape, name, call, matmul)
+    result = _chosen(space, shape, name, whole, call, matmul)
     if between is not None and not measured:
         between()
     return result
@@ -337,37 +375,46 @@ def _fused(space: Workspace, x: Tensor) -> bool:
     return space.fused is not None and x.shape[0] == 1 and x.dtype != torch.float64
 
 
+def _shape(kind: str, way: str, x: Tensor, sizes: Sequence[int], columns: int, features: Sequence[int]) -> Shape:
+    rows = x.shape[0] * sum(sizes)
+    bucket = 1 << max(rows - 1, 0).bit_length()
+    return Shape(kind, way, bucket, x.shape[0] > 1, len(sizes), columns, tuple(features), x.dtype)
+
+
 def _known(space: Workspace, shape: Shape) -> Choice | None:
     """What was chosen for the shape; None: it is to be measured now."""
     forced = _settings.get(space.group.group_name, Settings()).chunks
-    known = _choices[space.group.group_name]
-    if shape not in known and forced is not None:
-        known[shape] = Choice(even(min(forced, space.slots)) if forced else ())
-    return known.get(shape)
+    if shape not in space.choices and forced is not None:
+        space.choices[shape] = Choice(even(min(forced, space.slots)) if forced else (), limited=forced > space.slots)
+    return space.choices.get(shape)
 
 
 def _chosen(
-    space: Workspace, shape: Shape, name: str, call: Callable[[Ends], Result], matmul: Callable[[int], object]
+    space: Workspace,
+    shape: Shape,
+    name: str,
+    rows: int,
+    call: Callable[[Ends], Result],
+    matmul: Callable[[int], object],
 ) -> Result:
     """call(ends) with what is best for the shape, which its first call finds out. matmul(rows): its matmul alone."""
-    with telling(space, name):
-        choice = _known(space, shape)
-        if choice is not None:
-            return call(choice.ends)
-        rows = sum(shape.sizes)
-        part = math.ceil(rows / space.world * SMALL)
-        alone, small, apart, overlapped = [], [], [], []
-        for _ in range(_MEASUREMENTS):
-            alone.append(_seconds(space, name, lambda: matmul(rows))[0])
-            small.append(_seconds(space, name, lambda: matmul(part))[0])
-            apart.append(_seconds(space, name, lambda: call(()))[0])
-            seconds, result = _seconds(space, name, lambda: call(WHOLE))
-            overlapped.append(seconds)
-        times = Times(min(alone), min(small), min(apart), min(overlapped))
-        told = space.exchange(times.pack(), f"choosing how to overlap {name}")
-        most = 1 if space.in_place else space.slots  # where nothing travels, more chunks hide nothing more
-        _choices[space.group.group_name][shape] = choose(shape.kind, space.world, most, told)
-        return result
+    choice = _known(space, shape)
+    if choice is not None:
+        return call(choice.ends)
+    part = math.ceil(rows / space.world * SMALL)
+    alone, small, apart, overlapped = [], [], [], []
+    for _ in range(_MEASUREMENTS):
+        alone.append(_seconds(space, name, lambda: matmul(rows))[0])
+        small.append(_seconds(space, name, lambda: matmul(part))[0])
+        apart.append(_seconds(space, name, lambda: call(()))[0])
+        seconds, result = _seconds(space, name, lambda: call(WHOLE))
+        overlapped.append(seconds)
+    times = Times(min(alone), min(small), min(apart), min(overlapped))
+    told = space.exchange(times.pack(), f"choosing how to overlap {name}")
+    most = 1 if space.in_place else space.slots  # where nothing travels, more chunks hide nothing more
+    choice = space.choices[shape] = choose(shape.kind, space.world, most, told)
+    # The first call too gives what the later ones will, to the bit.
+    return result if choice.ends == WHOLE else call(choice.ends)
 
 
 def _seconds(space: Workspace, name: str, call: Callable[[], Result]) -> tuple[float, Result]:
@@ -389,6 +436,6 @@ def telling(space: Workspace, name: str) -> Iterator[None]:
     """An error in the middle of a call ends what the other ranks wait for."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # also Ctrl-C
         space.abort(f"in {name}: {type(error).__name__}: {error}")
         raise

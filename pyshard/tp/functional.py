@@ -5,7 +5,8 @@ The shapes below are those of one rank of a group of `world`; S rows in all, of 
 Method: matmul and collective are cut into chunks along the rows, and the transfer of one chunk hides behind the matmul
 of another (Wang et al., "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning
 Models", ASPLOS 2023); between ranks of one host matmuls read their peers' rows in place. Sums over ranks are taken in
-fp32 in rank order, so that their bits depend on neither chunks nor transport.
+fp32 in rank order, so that their bits depend on neither chunks nor transport. (Those of the products before them may:
+libraries multiply few rows in another order than many. tp.configure(group, chunks=...) fixes the cut.)
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import gradients, ops
+from . import gradients as gradients  # registers them
+from . import ops
 from .splits import split_sizes
-
-_registered = gradients  # imported for what it does to the operators
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -151,7 +151,7 @@ def copied_matmul(
     world = _world(who, group)
     rows = x if x.dim() > 1 else x[None]
     dim = _check(who, rows, weights, biases, -2)
-    if world == 1:
+    if world == 1 or not torch.is_grad_enabled():  # forward exchanges nothing
         outs = [torch.nn.functional.linear(rows, w, b) for w, b in zip(weights, biases, strict=True)]
     else:
         sizes = split_sizes(rows.shape[dim], world)
@@ -274,7 +274,7 @@ def _cast(
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """All in autocast's dtype where it is on, as torch's own linear."""
     kind = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]

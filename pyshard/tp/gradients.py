@@ -31,7 +31,8 @@ def _column_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     weights, biases = rest[: ctx.count], ops.present(rest[ctx.count :])
     sizes, features, dim, gathered, group = ctx.inputs
-    need_x, need_weights, need_biases = ctx.needs_input_grad[0], _flags(weights), _flags(biases)
+    need_x, need_weights, need_biases = ctx.needs_input_grad[:3]
+    need_weights, need_biases = list(need_weights), list(need_biases)
     if torch.is_grad_enabled():
 
         def outputs() -> list[Tensor]:
@@ -41,7 +42,7 @@ def _column_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
         found = _again(outputs, [x, *weights, *biases], [need_x, *need_weights, *need_biases], grads)
     else:
-        buffers = [_buffer(weight) for weight in weights]
+        buffers = [_buffer(weight, needed) for weight, needed in zip(weights, need_weights, strict=True)]
         asked = grads, x, weights, sizes, features, dim, gathered, group, need_x, need_weights, need_biases
         if any(buffer is not None for buffer in buffers):
             answers = ops.column_backward(*asked, buffers)
@@ -60,7 +61,7 @@ def _row_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _row_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, bias = ctx.saved_tensors
     sizes, features, dim, scattered, group = ctx.inputs
-    needs = [ctx.needs_input_grad[0], *_flags([weight, bias])]
+    needs = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
 
         def outputs() -> list[Tensor]:
@@ -71,15 +72,11 @@ def _row_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
         found = _again(outputs, [x, weight, bias], needs, [grad])
     else:
-        buffer = _buffer(weight)
+        buffer = _buffer(weight, needs[1])
         asked = grad, x, weight, sizes, features, dim, scattered, group, needs[0], needs[1], needs[2]
         answers = ops.tp_row_backward(*asked) if buffer is None else ops.row_backward(*asked, buffer)
         found = _finished(answers, [weight], [buffer], needs)
     return *found, None, None, None, None, None
-
-
-def _flags(tensors: Sequence[Tensor | None]) -> list[bool]:
-    return [tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
 def _again(
@@ -94,11 +91,20 @@ def _again(
     return [next(answers) if needed else None for needed in needs]
 
 
-def _buffer(weight: Tensor) -> Tensor | None:
+def _buffer(weight: Tensor, needed: bool) -> Tensor | None:
     """The fp32 gradient that is added to in place, if there is one; none in a graph, which has no such effects."""
     if torch.compiler.is_compiling():
         return None
-    return weight.grad if getattr(weight, "main_grad", False) and weight.requires_grad else None
+    wanted = needed and getattr(weight, "main_grad", False) and weight.grad is not None
+    return weight.grad if wanted and _accumulates(weight) else None
+
+
+def _accumulates(weight: Tensor) -> bool:
+    """Whether the backward that runs now ends in weight.grad: torch.autograd.grad for other tensors does not."""
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+    except RuntimeError:  # its gradient is what torch.autograd.grad was asked for
+        return False
 
 
 def _finished(

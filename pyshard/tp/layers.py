@@ -131,6 +131,7 @@ class _ParallelLinear(nn.Module):
             set_tensor_shard(self.bias, self._shard(self.bias))
         if self.main_grad:
             self.weight.main_grad = True  # type: ignore[attr-defined]
+            self.weight.grad_dtype = torch.float32  # or autograd would cast its gradient back
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """A move from the meta device makes new parameters, which must be marked again."""
@@ -198,7 +199,7 @@ class ColumnParallelLinear(_ParallelLinear):
         group: the ranks over which the weight is cut.
         sequence_parallel: x is cut along the sequence.
         gather_output: every rank gets all output features; they are for work that is the same on all ranks.
-        main_grad: the gradient of the weight accumulates in fp32.
+        main_grad: the gradient of the weight is kept and accumulated in fp32, by backward() straight into weight.grad.
         pieces: for each rank, the [begin, end) of the output features that it holds; None: cut evenly, the first ranks
             one more.
 

@@ -15,7 +15,8 @@ _Layer = ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding
 
 def explain(what: nn.Module | dist.ProcessGroup) -> str:
     """A text that says which transport each group uses and why, and for each layer what it exchanges when, whether that
-    is overlapped, and the measurement that decided it.
+    is overlapped, and the measurement that decided it. What parallelize() exchanges between layers is not in it: rows
+    cut after the embedding and gathered after the last norm, and sums of the gradients of norms.
 
     Args:
         what: a model, whose layers are named, or a process group, of which all shapes so far are listed. What no call
@@ -25,7 +26,7 @@ def explain(what: nn.Module | dist.ProcessGroup) -> str:
         TypeError: it is neither.
     """
     if isinstance(what, dist.ProcessGroup):
-        _, choices = engine.chosen(what)
+        choices = _chosen(what)
         return "\n".join([_group(what), *(f"  {_choice(shape, choice)}" for shape, choice in choices.items())])
     if not isinstance(what, nn.Module):
         raise TypeError(f"pyshard.tp.explain: got a {type(what).__name__}; expected a model or a process group")
@@ -46,13 +47,20 @@ def explain(what: nn.Module | dist.ProcessGroup) -> str:
 
 
 def _group(group: dist.ProcessGroup) -> str:
-    space, _ = engine.chosen(group)
+    spaces = engine.workspaces(group)
     ranks = dist.get_process_group_ranks(group)
     if len(ranks) == 1:
         return f"ranks {ranks}: one rank, nothing to exchange"
-    if space is None:
+    if not spaces:
         return f"ranks {ranks}: no call yet, so no transport"
-    return f"ranks {ranks}, transport {space.name}: {space.why}; {space.nbytes / 2**20:.1f} MB of slots on this rank"
+    return "\n".join(
+        f"ranks {ranks}, transport {space.name}: {space.why}; {space.nbytes / 2**20:.1f} MB of slots on this rank"
+        for space in spaces
+    )
+
+
+def _chosen(group: dist.ProcessGroup) -> dict[Shape, Choice]:
+    return {shape: choice for space in engine.workspaces(group) for shape, choice in space.choices.items()}
 
 
 def _doing(layer: _Layer) -> str:
@@ -63,6 +71,8 @@ def _doing(layer: _Layer) -> str:
         with_others = (
             f", one exchange for {len(shared.layers)} layers that read the same input" if shared is not None else ""
         )
+        if layer.gather_output:
+            with_others += "; then every rank gathers all outputs, not overlapped"
         if layer.sequence_parallel:
             return f"column; forward gathers the rows, backward gathers and reduce-scatters them{with_others}"
         return f"column; backward all-reduces the gradient of the input{with_others}"
@@ -76,13 +86,12 @@ def _choices(layer: _Layer) -> list[str]:
     if isinstance(layer, VocabParallelEmbedding):
         return []
     layers = layer.shared.layers if isinstance(layer, ColumnParallelLinear) and layer.shared is not None else [layer]
-    layers = layer.shared.layers if isinstance(layer, ColumnParallelLinear) and layer.shared is not None else [layer]
     if isinstance(layer, ColumnParallelLinear):
         way, columns, features = "column", layer.in_features, tuple(one.out_features for one in layers)
     else:
         way, columns, features = "row", layer.out_features, (layer.in_features,)
     kinds = ("gather", "scatter") if layer.sequence_parallel else ("total",)
-    _, choices = engine.chosen(layer.group)
+    choices = _chosen(layer.group)
     return [
         _choice(shape, choice)
         for shape, choice in choices.items()

@@ -17,8 +17,8 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     """What state_dict() of the unsharded model would be, with the same bits. Every rank of the group calls it.
 
     Args:
-        rank0_only: the first rank of each tensor-parallel group gets it, the others an empty dict. One whole weight at
-            a time is then the most that those hold.
+        rank0_only: the first rank of each tensor-parallel group gets it, the others an empty dict; these hold one whole
+            weight at a time on the way. Putting one together takes twice its size for a moment.
 
     Returns new tensors for what is cut, and the model's own for what is whole, as state_dict() does; tied weights are
     one tensor under all their names.

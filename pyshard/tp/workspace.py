@@ -7,7 +7,7 @@ that calls that overlap in time do not share memory. Slots are reused when all r
 Every block starts with a header that says which call it is of, and its shape: ranks that are out of step find an error
 and not another's numbers. (On a GPU it is not looked at, since that would wait for the device.)
 
-Like all collectives, calls must come in the same order on all ranks of the group.
+Like all collectives, calls must come in the same order on all ranks of the group, whichever threads they come from.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm import Arena, Transport
+from ..comm import Arena, PeerError, Transport
 from ..comm.choose import choose
-from .choose import Ends, even
+from .choose import Choice, Ends, Shape, even
 from .splits import bounds
 from .sums import sum_in_order
 
@@ -92,7 +92,7 @@ class Workspace:
         self.transport: Transport | None = None
         self.name, self.why = "blocking", "asked for by transport='blocking'"
         if transport != "blocking":
-            made = choose("pyshard.tp", _NAMES.get(transport, transport), group, device, timeout)
+            made = self._choose(transport)
             self.transport, self.why = made, made.why
             self.name = "ring" if made.name == "collective" else made.name
         self.fused: SymmMemMatmul | None = None  # matmuls that wait for their peers themselves
@@ -101,10 +101,19 @@ class Workspace:
 
             self.fused = SymmMemMatmul(cast("SymmMemTransport", self.transport), timeout)
         self.slots = _SLOTS_IN_PLACE if self.in_place else _SLOTS
+        self.choices: dict[Shape, Choice] = {}  # what was found best so far
         self._lanes: dict[int, list[tuple[Arena, list[bool]]]] = {}  # by bytes of a slot
         self._turns: dict[int, int] = {}
         self._calls = 0
         self._lock = threading.Lock()
+
+    def _choose(self, transport: str) -> Transport:
+        try:
+            return choose("pyshard.tp", _NAMES.get(transport, transport), self.group, self.device, self.timeout)
+        except RuntimeError as error:
+            if isinstance(error, PeerError):
+                raise
+            raise RuntimeError(str(error).replace("'collective'", "'ring'")) from error
 
     @property
     def in_place(self) -> bool:
@@ -126,7 +135,9 @@ class Workspace:
         """A slot of at least so many bytes; all ranks must ask for the same number. Waits until all have read it."""
         if self.transport is None:
             raise RuntimeError("pyshard.tp: transport 'blocking' has no slots")
-        size = max(_SMALLEST, 1 << (nbytes - 1).bit_length())
+        # Headers come on top, or a power of two of rows would take twice its size.
+        headers = self.world * _HEADER
+        size = max(_SMALLEST, 1 << max(nbytes - headers - 1, 0).bit_length()) + headers
         with self._lock:
             lanes = self._lanes.setdefault(size, [])
             turn = self._turns.get(size, 0)
