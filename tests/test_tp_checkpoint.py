@@ -382,7 +382,8 @@ def _of_transformers(rank: int, world: int, seed: int, root: str) -> None:
         train(plain, fresh, 2)
         found = full_state_dict(other)
         for name, value in plain.state_dict().items():
-            torch.testing.assert_close(found[name], value, rtol=CLOSE["rtol"], atol=2e-4)
+            # One update, of lr at most either way where the gradient is near zero.
+            torch.testing.assert_close(found[name], value, rtol=CLOSE["rtol"], atol=2e-3)
         opt.close()
 
 

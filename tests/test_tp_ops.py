@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,38 +47,47 @@ def test_opcheck(seed: int) -> None:
 
 
 def _twice(rank: int, world: int, seed: int) -> None:
-    """Second derivatives against those of the unfused form, which are torch's own."""
+    """Second derivatives against those of unsharded layers, whose weights and rows are the ranks' put together."""
     from pyshard import tp
-    from pyshard.tp import unfused
-    from pyshard.tp.splits import split_sizes
+    from pyshard.tp.splits import bounds, split_sizes
 
     group = dist.group.WORLD
-    sizes = split_sizes(7, world)
+    everyone = [_inputs(r, world, seed) for r in range(world)]
+    rows = bounds(split_sizes(7, world), rank)
 
-    def ours(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, whole: torch.Tensor) -> Any:
-        a, b = tp.all_gather_matmul(x, [w, v], [bias, None], group=group)
-        c = tp.matmul_reduce_scatter(whole, w, bias, group=group)
-        d = tp.matmul_all_reduce(whole, v, group=group)
-        (e,) = tp.copied_matmul(whole, [w], group=group)
-        return a, b, c, d, e
-
-    def plain(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, whole: torch.Tensor) -> Any:
-        a, b = unfused.all_gather_matmul(x, [w, v], [bias, None], [3] * world, -2, group)
-        c = unfused.matmul_reduce_scatter(whole, w, bias, sizes, -2, group)
-        d = unfused.matmul_all_reduce(whole, v, None, group)
-        (e,) = unfused.copied_matmul(whole, [w], [None], group)
-        return a, b, c, d, e
-
-    def derivatives(form: Any) -> list[torch.Tensor]:
-        inputs = _inputs(rank, world, seed)
-        loss = sum(torch.sin(y).pow(2).sum() for y in form(*inputs))
+    def derivatives(loss: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         first = torch.autograd.grad(loss, inputs, create_graph=True)
-        # The same order of calls on all ranks, whatever autograd's order would be.
         second = torch.autograd.grad(sum(torch.cos(f).sum() for f in first), inputs)
         return [*first, *second]
 
-    for got, wanted in zip(derivatives(ours), derivatives(plain), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)  # other order of fp64 sums
+    def compare(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)  # other order of fp64 sums
+
+    # Column: every rank has rows and output features of its own.
+    x, w, v, _, whole = _inputs(rank, world, seed)
+    a, b = tp.all_gather_matmul(x, [w, v], group=group)
+    got = derivatives(torch.sin(a).pow(2).sum() + torch.sin(b).pow(2).sum(), [x, w, v])
+    all_x = torch.cat([one[0] for one in everyone])
+    plain = [one[i] for one in everyone for i in (1, 2)]
+    loss = sum(torch.sin(all_x @ weight.t()).pow(2).sum() for weight in plain)
+    inputs = [one[0] for one in everyone] + plain
+    found = derivatives(loss, inputs)
+    n = len(inputs)
+    at = [rank, world + 2 * rank, world + 2 * rank + 1]
+    compare(got, [found[i] for i in at] + [found[n + i] for i in at])
+
+    # Row: every rank has input features of its own. The sum over ranks is one loss, of which each rank has its rows.
+    y = tp.matmul_reduce_scatter(whole, w, group=group)
+    got = derivatives(torch.sin(y).pow(2).sum(), [whole, w])
+    parts = [(one[4], one[1]) for one in everyone]
+    total = sum(one @ weight.t() for one, weight in parts)
+    inputs = [tensor for part in parts for tensor in part]
+    found = derivatives(torch.sin(total).pow(2).sum(), inputs)
+    n = len(inputs)
+    at = [2 * rank, 2 * rank + 1]
+    compare(got, [found[i] for i in at] + [found[n + i] for i in at])
+    compare([y], [total[rows[0] : rows[1]]])
 
 
 @pytest.mark.parametrize("world", [2, 3])

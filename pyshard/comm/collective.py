@@ -33,7 +33,7 @@ ALIGNMENT = 128
 # one thread, medians of 4 to 10 interleaved samples.)
 _SLOW_LINK = 0.25e9  # bytes per second
 _SLOW_LINK_BUCKET = 2 << 20
-_PROBE_BYTES = 1 << 20
+_PROBE_BYTES, _PROBES = 1 << 20, 2
 
 
 class CollectiveTransport(Transport):
@@ -82,7 +82,7 @@ class CollectiveTransport(Transport):
         """Bytes per second that a rank gets from the others together, as the slowest rank finds; alike on all."""
         probe = torch.zeros(_PROBE_BYTES, dtype=torch.uint8)
         best = float("inf")
-        for _ in range(3):
+        for _ in range(_PROBES):
             self.exchange(b"", "measuring the link")
             start = time.perf_counter()
             self._wire.all_gather(probe, "measuring the link")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .splits import split_sizes
+from .splits import resized, split_sizes
 from .sums import sum_in_order
 
 
@@ -23,7 +23,7 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGro
         x: this rank's part, sizes[rank] long in dimension dim.
         sizes: of all ranks' parts.
     """
-    parts = _exchange([x] * len(sizes), [_with(x, dim, size) for size in sizes], group)
+    parts = _exchange([x] * len(sizes), [resized(x, dim, size) for size in sizes], group)
     return torch.cat(parts, dim)
 
 
@@ -38,7 +38,7 @@ def reduce_scatter(
     """
     rank = dist.get_rank(group)
     pieces = list(x.split(list(sizes), dim))
-    shape = _with(x, dim, sizes[rank])
+    shape = resized(x, dim, sizes[rank])
     return sum_in_order(_exchange(pieces, [shape] * len(sizes), group), bias=bias)
 
 
@@ -49,12 +49,6 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, bias: Tensor | None = None) 
     rows = x.reshape(-1, width)
     sizes = split_sizes(rows.shape[0], world)
     return all_gather(reduce_scatter(rows, 0, sizes, group, bias), 0, sizes, group).reshape(x.shape)
-
-
-def _with(x: Tensor, dim: int, size: int) -> list[int]:
-    shape = list(x.shape)
-    shape[dim] = size
-    return shape
 
 
 def _exchange(sends: Sequence[Tensor], shapes: Sequence[list[int]], group: dist.ProcessGroup) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import blocking, engine
-from .splits import split_sizes
+from .splits import resized, split_sizes
 from .workspace import WHOLE, Compute, Gather, Scatter, Total
 
 
@@ -29,7 +29,7 @@ def all_gather(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGro
     name = "all-gather"
     with engine.telling(space, name):
         whole = Gather(space, _rows(x, dim), sizes, WHOLE, name).whole()
-    return whole.view(_with(x, dim, sum(sizes)))
+    return whole.view(resized(x, dim, sum(sizes)))
 
 
 def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -46,7 +46,7 @@ def reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], group: dist.Proces
     with engine.telling(space, name):
         sums = Scatter(space, rows.shape[0], sizes, rows.shape[2], x.dtype, WHOLE, name)
         sums.run(_copier(rows))
-        return sums.result().view(_with(x, dim, sizes[space.rank]))
+        return sums.result().view(resized(x, dim, sizes[space.rank]))
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -72,9 +72,3 @@ def _rows(x: Tensor, dim: int) -> Tensor:
     """x as [outer, its size along dim, the rest]."""
     dim %= x.dim()
     return x.reshape(math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :]))
-
-
-def _with(x: Tensor, dim: int, size: int) -> list[int]:
-    shape = list(x.shape)
-    shape[dim] = size
-    return shape
