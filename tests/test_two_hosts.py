@@ -198,8 +198,8 @@ def test_cut_link_is_noticed_after_the_timeout(tmp_path: Path) -> None:
 
 @needs_hosts
 def test_a_reduction_over_the_link_moves_half_the_bytes() -> None:
-    """8 MB of gradients on each of two ranks: each sends 4 MB, where gloo's reduce_scatter would send 8. Before that, 2 MB
-    that measure the link."""
+    """8 MB of gradients on each of two ranks: each sends 4 MB, where gloo's reduce_scatter would send 8. Before that,
+    2 MB that measure the link."""
     command = [sys.executable, "-c", OVER_THE_LINK]
     with TwoHosts() as hosts:
         result = hosts.run(command, command, seconds=60, cwd=Path(__file__).parents[1]).check()
