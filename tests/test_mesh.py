@@ -39,6 +39,7 @@ def _mesh(rank: int, world: int) -> None:
         assert tuple(mesh.get_coordinate()) == (rank // (dp * tp), rank // tp % dp, rank % tp)
         for name, size in zip(("pp", "dp", "tp"), shape, strict=True):
             assert dist.get_world_size(mesh.get_group(name)) == size
+    dist.barrier()  # a rank that ends now would close connections that others are still making
     for sizes, match in (
         ({}, r"pp=1, dp=1, tp=1 make 1; expected the 4 ranks there are"),
         ({"dp": 2, "tp": 3}, r"pp=1, dp=2, tp=3 make 6; expected the 4 ranks"),
