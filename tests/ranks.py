@@ -52,6 +52,7 @@ def _main(
     except BaseException as error:
         outcome = Outcome(None, f"{type(error).__name__}: {error}", traceback.format_exc())
     pipe.send_bytes(pickle.dumps(outcome))  # by value: the process ends, and torch would share its tensors
+    pipe.poll(0.5)  # until all ranks are done: some may still be making connections to this one
     pipe.close()
     os._exit(0)  # without waiting for the threads of a process group whose peers may be gone
 
@@ -80,14 +81,14 @@ def run(
                     outcomes[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     outcomes[rank] = Outcome(error="it died")
+        for pipe in pipes:
+            pipe.close()
         for process, outcome in zip(processes, outcomes, strict=True):
             process.join(5)
             if process.is_alive():
                 process.kill()
                 process.join()
             outcome.exitcode = process.exitcode
-        for pipe in pipes:
-            pipe.close()
     if not quiet:
         bad = [f"rank {rank}: {o.error}\n{o.trace}" for rank, o in enumerate(outcomes) if o.error]
         if bad:
