@@ -82,7 +82,11 @@ def cut_sequence(
 
     def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         sizes = _context(module).sizes
-        assert sizes is not None  # by the blocks of this forward
+        if sizes is None:
+            raise RuntimeError(
+                "pyshard.tp: the last norm was called before the first block of the model had cut a sequence; expected "
+                "a forward of the whole model. Call the model, or parallelize(..., sequence_parallel=False)."
+            )
         return mappings.gather(output, output.dim() - 2, sizes, group)
 
     model.get_submodule(route.base).register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
