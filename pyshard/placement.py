@@ -1,7 +1,7 @@
-"""Which part of a whole parameter the tensor on this rank is, told by an attribute of the parameter.
+"""Which part of a whole model a parameter on this rank is, told by attributes of the parameter.
 
-Layers that cut their weights over a tensor-parallel group set `param.tensor_shard`; optimizers, norms and checkpoints
-read it and know nothing else of tensor parallelism.
+Layers that cut their weights over a tensor-parallel group set `param.tensor_shard`, pipelines `param.pipeline_share`;
+optimizers, norms and checkpoints read them and know nothing else of tensor or pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -92,3 +92,42 @@ def set_tensor_shard(param: Tensor, shard: TensorShard) -> None:
             f"{shard.shape} cut along {shard.dim}; expected shape {shard.local_shape()}"
         )
     setattr(param, ATTRIBUTE, shard)
+
+
+# ---- pipelines ----
+
+PIPELINE_ATTRIBUTE = "pipeline_share"
+
+
+@dataclass
+class PipelineShare:
+    """What a parameter of a pipeline stage is to the whole model.
+
+    Attributes:
+        group: the pipeline's ranks, which hold the other stages' parameters.
+        name: of the parameter in the whole model, the first of its names if it has several (tied weights).
+        counted: False if an earlier stage holds a copy of it, which counts in norms and is the one that is saved.
+        accumulating: more microbatches of this step will add to the gradient: it must not be sent to other ranks yet.
+    """
+
+    group: dist.ProcessGroup
+    name: str
+    counted: bool = True
+    accumulating: bool = False
+
+
+def pipeline_share(param: Tensor) -> PipelineShare | None:
+    """What the parameter is to a pipeline; None: its model is not cut into stages."""
+    return getattr(param, PIPELINE_ATTRIBUTE, None)
+
+
+def set_pipeline_share(param: Tensor, share: PipelineShare) -> None:
+    """Says what the parameter is to a pipeline."""
+    setattr(param, PIPELINE_ATTRIBUTE, share)
+
+
+def carry_over(old: Tensor, new: Tensor) -> None:
+    """Gives a parameter that takes another's place what is said of that one: another wrapper makes new parameters."""
+    for name in (ATTRIBUTE, PIPELINE_ATTRIBUTE):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
