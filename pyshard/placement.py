@@ -108,12 +108,14 @@ class PipelineShare:
         name: of the parameter in the whole model, the first of its names if it has several (tied weights).
         counted: False if an earlier stage holds a copy of it, which counts in norms and is the one that is saved.
         accumulating: more microbatches of this step will add to the gradient: it must not be sent to other ranks yet.
+        tied: another rank of the pipeline holds a copy of it, and its gradient is added to this one's after backward.
     """
 
     group: dist.ProcessGroup
     name: str
     counted: bool = True
     accumulating: bool = False
+    tied: bool = False
 
 
 def pipeline_share(param: Tensor) -> PipelineShare | None:
