@@ -24,19 +24,20 @@ from . import kernels  # noqa: E402
 from .optim import Adam, AdamW, ShardedAdam, ShardedAdamW  # noqa: E402
 
 __all__ = ["Adam", "AdamW", "ShardedAdam", "ShardedAdamW", "__version__", "kernels"]
-__all__ += ["clip_grad_norm_", "init_mesh", "load_checkpoint", "save_checkpoint", "tp"]
+__all__ += ["clip_grad_norm_", "init_mesh", "load_checkpoint", "pp", "save_checkpoint", "tp"]
 
 # Imported when first asked for: torch.distributed.checkpoint alone takes longer than all else here.
 _LATER = {
     "clip_grad_norm_": "mesh",
     "init_mesh": "mesh",
     "load_checkpoint": "checkpoint",
+    "pp": "pp",
     "save_checkpoint": "checkpoint",
     "tp": "tp",
 }
 
 # Public names that are decided and not there yet: asking for one is an error that says so.
-_PLANNED = {"fully_shard", "pp"}
+_PLANNED = {"fully_shard"}
 
 
 def __getattr__(name: str) -> object:

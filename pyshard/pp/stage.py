@@ -1,0 +1,213 @@
+"""One stage of a pipeline: the model's own forward, run with the blocks of the stage alone.
+
+Every stage runs the whole model's forward on the same inputs, so masks, positions and whatever else a model computes
+before its blocks are its own affair. What belongs to other stages is replaced:
+
+    modules before the blocks      stand-ins, whose output has the right shape and takes no memory
+    blocks before the stage's      skipped
+    the stage's first block        is given the hidden states that the previous stage has sent
+    the stage's last block         ends the forward: its output goes to the next stage
+    modules after the blocks       never reached; there on the last stage only
+
+The replacement happens where the model iterates over its blocks, outside of their hooks, so a block may be wrapped,
+sharded or checkpointed like any module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .parts import Parts
+
+
+class StageEnd(Exception):  # noqa: N818  # no error: ends a forward
+    """Carries the hidden states after the last block of a stage out of the model's forward."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+
+class StageBlocks(nn.ModuleList):
+    """The model's list of blocks, in which those of one stage are there, under their names in the whole list.
+
+    Iteration and indexing give one callable for each block of the whole model. Children are the stage's blocks alone.
+
+    Attributes:
+        begin, end: the stage's blocks are [begin, end) of `total`.
+        received: hidden states for the first block of the stage; None on the first stage.
+        last: True on the last stage, whose blocks are followed by the rest of the model.
+        stop: after which block the forward ends, if not after the last one of the stage.
+    """
+
+    def __init__(self, blocks: list[nn.Module], begin: int, end: int, last: bool):
+        super().__init__()
+        for index in range(begin, end):
+            self.add_module(str(index), blocks[index])
+        self.begin, self.end, self.total, self.last = begin, end, len(blocks), last
+        self.received: Tensor | None = None
+        self.stop: int | None = None
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[Any]:
+        return (_Call(self, index) for index in range(self.total))
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(self.total)[index]
+        return [_Call(self, i) for i in places] if isinstance(places, range) else _Call(self, places)
+
+
+class _Call:
+    """What stands in the list for a block: calls it, or does what its place in the stage asks for."""
+
+    def __init__(self, blocks: StageBlocks, index: int):
+        self._blocks, self._index = blocks, index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        blocks, index = self._blocks, self._index
+        if not blocks.begin <= index < blocks.end:
+            return args[0] if args else kwargs["hidden_states"]  # skipped
+        if index == blocks.begin and blocks.received is not None:
+            if args:
+                args = (blocks.received, *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": blocks.received}
+        output = self._module()(*args, **kwargs)
+        if index == blocks.stop or (index == blocks.end - 1 and not blocks.last):
+            raise StageEnd(output[0] if isinstance(output, tuple) else output)
+        return output
+
+    def _module(self) -> nn.Module:
+        return self._blocks._modules[str(self._index)]  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        """Of the block, such as the kind of its attention."""
+        if name.startswith("__") or not self._blocks.begin <= self._index < self._blocks.end:
+            raise AttributeError(f"block {self._index} of the model is on another stage of the pipeline")
+        return getattr(self._module(), name)
+
+
+class EmptyEmbedding(nn.Module):
+    """Stands in for an embedding of another stage: zeros [..., width] for any ids, which take no memory."""
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.width, self.dtype = width, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros((), dtype=self.dtype, device=ids.device).expand(*ids.shape, self.width)
+
+
+class PassThrough(nn.Module):
+    """Stands in for another module before the blocks: returns its input."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
+
+
+class Absent(nn.Module):
+    """Stands in for a module after the blocks, on stages that end before it."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(f"{self.name} is on the last stage of the pipeline, and was called on another one")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"{self.name}.{name}: {self.name} is on another stage of the pipeline; expected the model to use it "
+                "only before or only after its blocks. Name it in both places: plan=pyshard.pp.Plan(blocks, "
+                f"first=[..., {self.name!r}], last=[..., {self.name!r}])."
+            ) from None
+
+
+class Stage(nn.Module):
+    """Blocks [begin, end) of a model with what belongs to them; the first stage has the embeddings, the last the head.
+
+    Its `model` has the structure and names of the whole one.
+
+    forward(hidden | nothing, **inputs): hidden states of the previous stage (on the first stage: nothing) and the
+    inputs of the whole model, by name. Returns hidden states, or on the last stage what the model returns: a tensor,
+    or its `logits`.
+    """
+
+    def __init__(self, model: nn.Module, parts: Parts, index: int, stages: int, begin: int, end: int):
+        super().__init__()
+        self.index, self.stages = index, stages
+        self.begin, self.end = begin, end
+        first, last = index == 0, index == stages - 1
+        self.blocks_name = parts.blocks
+        replaced: dict[str, nn.Module] = {}
+        for name in {**dict.fromkeys(parts.first), **dict.fromkeys(parts.last)}:
+            if not (first and name in parts.first) and not (last and name in parts.last):
+                before = name in parts.first
+                replaced[name] = stand_in(name, model.get_submodule(name)) if before else Absent(name)
+        whole = model.get_submodule(parts.blocks)
+        replaced[parts.blocks] = StageBlocks(list(whole.children()), begin, end, last)
+        self.model = _with(model, "", replaced)
+
+    @property
+    def blocks(self) -> StageBlocks:
+        """The stage's blocks."""
+        found = self.model.get_submodule(self.blocks_name)
+        if not isinstance(found, StageBlocks):
+            raise TypeError(f"{self.blocks_name} of a pipeline stage is a {type(found).__name__}; expected its blocks")
+        return found
+
+    def forward(self, *hidden: Tensor, **inputs: Any) -> Tensor:
+        blocks = self.blocks
+        blocks.received = hidden[0] if hidden else None
+        try:
+            output = self.model(**inputs)
+        except StageEnd as end:
+            return end.hidden
+        finally:
+            blocks.received = None
+        return logits_of(output)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The tensor among what a model returns."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(
+        f"pyshard.pp: the model returned a {type(output).__name__}; expected a tensor, or an object with logits. Wrap "
+        "the model so that it returns one tensor, and let loss_fn do the rest."
+    )
+
+
+def stand_in(name: str, module: nn.Module) -> nn.Module:
+    """What takes the place of a module before the blocks on stages that do not have it."""
+    width, weight = getattr(module, "embedding_dim", None), getattr(module, "weight", None)
+    if isinstance(width, int) and isinstance(weight, Tensor):
+        return EmptyEmbedding(width, weight.dtype)
+    return PassThrough()
+
+
+def _with(module: nn.Module, name: str, replaced: dict[str, nn.Module]) -> nn.Module:
+    """The module with other modules in some places: copies of it and of what lies between, the rest is shared."""
+    made = copy.copy(module)
+    for key in ("_modules", "_parameters", "_buffers"):
+        made.__dict__[key] = dict(module.__dict__[key])
+    for key, child in module.named_children():
+        full = f"{name}.{key}" if name else key
+        if full in replaced:
+            made._modules[key] = replaced[full]
+        elif child is not None and any(other.startswith(full + ".") for other in replaced):
+            made._modules[key] = _with(child, full, replaced)
+    return made
