@@ -163,7 +163,7 @@ class Notes:
                 text = f"{ranks} {'is' if one else 'are'} lost or {'does' if one else 'do'} not answer ({why})"
             return (silent[0] if one else None), text
         where: dict[str, list[int]] = {}
-        for note in notes.values():
+        for note in sorted(notes.values(), key=lambda note: note.rank):
             where.setdefault(note.operation, []).append(note.rank)
         if len(where) > 1:
             places = "; ".join(f"{_list(ranks)} in {place}" for place, ranks in where.items())
