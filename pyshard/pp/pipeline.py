@@ -221,7 +221,7 @@ class Pipeline(nn.Module):
         if isinstance(cause, Exception) and "ailed to run" in str(error):  # torch's own wrapping
             error, cause = cause, cause.__cause__
         self._failed = f"{type(error).__name__}: {error}".splitlines()[0]
-        if run.doing.computing:
+        if run.doing.computing or not isinstance(error, RuntimeError):
             self._notes.leave(operation, error)
             abort(self.group)
             raise error

@@ -92,6 +92,15 @@ class TorchStage(PipelineStage):
             )
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
+    # Stages of one rank hand gradients to each other, which torch's V schedules forget not to do in an evaluation.
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         with self.doing.compute(f"reduction of the gradients of stage {self.stage_index}"):
             super().perform_reduce_grad(grad_scale_factor)
