@@ -25,19 +25,23 @@ from .optim import Adam, AdamW, ShardedAdam, ShardedAdamW  # noqa: E402
 
 __all__ = ["Adam", "AdamW", "ShardedAdam", "ShardedAdamW", "__version__", "kernels"]
 __all__ += ["clip_grad_norm_", "init_mesh", "load_checkpoint", "pp", "save_checkpoint", "tp"]
+__all__ += ["export_safetensors", "load_safetensors"]
 
 # Imported when first asked for: torch.distributed.checkpoint alone takes longer than all else here.
 _LATER = {
     "clip_grad_norm_": "mesh",
+    "export_safetensors": "checkpoint",
+    "fully_shard": "fsdp",
     "init_mesh": "mesh",
     "load_checkpoint": "checkpoint",
+    "load_safetensors": "checkpoint",
     "pp": "pp",
     "save_checkpoint": "checkpoint",
     "tp": "tp",
 }
 
 # Public names that are decided and not there yet: asking for one is an error that says so.
-_PLANNED = {"fully_shard"}
+_PLANNED: set[str] = set()
 
 
 def __getattr__(name: str) -> object:
