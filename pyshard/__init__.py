@@ -24,7 +24,7 @@ from . import kernels  # noqa: E402
 from .optim import Adam, AdamW, ShardedAdam, ShardedAdamW  # noqa: E402
 
 __all__ = ["Adam", "AdamW", "ShardedAdam", "ShardedAdamW", "__version__", "kernels"]
-__all__ += ["clip_grad_norm_", "init_mesh", "load_checkpoint", "pp", "save_checkpoint", "tp"]
+__all__ += ["clip_grad_norm_", "fully_shard", "init_mesh", "load_checkpoint", "pp", "save_checkpoint", "tp"]
 __all__ += ["export_safetensors", "load_safetensors"]
 
 # Imported when first asked for: torch.distributed.checkpoint alone takes longer than all else here.
@@ -40,9 +40,6 @@ _LATER = {
     "tp": "tp",
 }
 
-# Public names that are decided and not there yet: asking for one is an error that says so.
-_PLANNED: set[str] = set()
-
 
 def __getattr__(name: str) -> object:
     if name in _LATER:
@@ -50,7 +47,4 @@ def __getattr__(name: str) -> object:
 
         module = importlib.import_module(f".{_LATER[name]}", __name__)
         return module if name == _LATER[name] else getattr(module, name)
-    if name in _PLANNED:
-        there = ", ".join(__all__)
-        raise AttributeError(f"pyshard.{name} is not built yet in version {__version__}; there are: {there}")
     raise AttributeError(f"module 'pyshard' has no attribute {name!r}")

@@ -511,11 +511,6 @@ def test_new_enough_torch(version: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_names_that_are_kept_free() -> None:
-    with pytest.raises(AttributeError, match="not built yet"):
-        _ = pyshard.fully_shard
-
-
 def test_memory_that_runs_out_while_state_is_made_loses_no_master(monkeypatch: pytest.MonkeyPatch) -> None:
     params = model(torch.bfloat16, torch.bfloat16)
     source = pyshard.AdamW(params)
