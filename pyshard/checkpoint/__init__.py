@@ -2,6 +2,7 @@
 
 from .loading import load_checkpoint
 from .ranks import CheckpointError
+from .safetensors import export_safetensors, load_safetensors
 from .saving import save_checkpoint
 
-__all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointError", "export_safetensors", "load_checkpoint", "load_safetensors", "save_checkpoint"]
