@@ -44,7 +44,7 @@ def split(costs: Costs, stages: int) -> list[tuple[int, int]]:
         ends = (costs.first if stage == 0 else 0.0) + (costs.last if stage == stages - 1 else 0.0)
         return sums[end] - sums[begin] + ends
 
-    # best[s][e]: the least possible largest cost of the first s stages over the first e blocks, and where the last begins
+    # best[s][e]: the least largest cost of the first s stages over the first e blocks, and where the last one begins
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
     for stage in range(stages):
         row: dict[int, tuple[float, int]] = {}
@@ -81,9 +81,9 @@ def by_time(
     n = len(list(model.get_submodule(parts.blocks).children()))
     rng = torch.get_rng_state()
     hidden = _hidden(model, parts, inputs, n)
-    first = _time(lambda: Stage(model, parts, 0, 2, 0, 1), (), inputs, None, wait)
-    blocks = [_time(lambda i=i: Stage(model, parts, 1, 3, i, i + 1), (hidden,), inputs, None, wait) for i in range(n)]
-    last = _time(lambda: Stage(model, parts, 1, 2, n - 1, n), (hidden,), inputs, loss, wait)
+    first = _time(Stage(model, parts, 0, 2, 0, 1), (), inputs, None, wait)
+    blocks = [_time(Stage(model, parts, 1, 3, i, i + 1), (hidden,), inputs, None, wait) for i in range(n)]
+    last = _time(Stage(model, parts, 1, 2, n - 1, n), (hidden,), inputs, loss, wait)
     torch.set_rng_state(rng)
     # Both ends were measured with the block next to them.
     return Costs(max(first - blocks[0], 0.0), blocks, max(last - blocks[-1], 0.0))
@@ -98,13 +98,13 @@ def _hidden(model: nn.Module, parts: Parts, inputs: dict[str, Any], n: int) -> T
 
 
 def _time(
-    make: Callable[[], Stage],
+    stage: Stage,
     hidden: tuple[Tensor, ...],
     inputs: dict[str, Any],
     loss: Callable[[Tensor], Tensor] | None,
     wait: Callable[[], None],
 ) -> float:
-    stage, times = make(), []
+    times = []
     params = [param for param in stage.parameters() if param.requires_grad]
     for _ in range(_ROUNDS + 1):
         given = tuple(x.detach().requires_grad_() for x in hidden)
@@ -119,5 +119,3 @@ def _time(
         wait()
         times.append(time.perf_counter() - begin)
     return median(times[1:])
-
-

@@ -39,11 +39,11 @@ def pipeline(
 ) -> Pipeline:
     """Cuts a model into stages by its blocks, keeps those of this rank, and returns what runs all of them in step.
 
-    Called on all ranks with the same model, which is taken apart: what belongs to other ranks is dropped from it. It may
-    be cut by pyshard.tp.parallelize before, and sharded by pyshard.fully_shard after this; it may be on the meta device
-    and get its memory afterwards. Every stage runs the model's own forward on the same inputs, with stand-ins for what
-    other stages hold, so models of transformers (GPT-2, Llama and others whose forward is one loop over a list of
-    blocks) work as they are. Hidden states go between ranks through torch.distributed.pipelining.
+    Called on all ranks with the same model, which is taken apart: what belongs to other ranks is dropped from it. It
+    may be cut by pyshard.tp.parallelize before, and sharded by pyshard.fully_shard after this; it may be on the meta
+    device and get its memory afterwards. Every stage runs the model's own forward on the same inputs, with stand-ins
+    for what other stages hold, so models of transformers (GPT-2, Llama and others whose forward is one loop over a list
+    of blocks) work as they are. Hidden states go between ranks through torch.distributed.pipelining.
 
     Args:
         model: with one nn.ModuleList of blocks, each of which takes hidden states first and returns them.
@@ -120,7 +120,7 @@ def causal_lm_loss(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | Non
     function, size = model.loss_function, config.vocab_size  # type: ignore[union-attr]
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return function(logits=logits, labels=labels, vocab_size=size)  # type: ignore[no-any-return,operator]
+        return function(logits=logits, labels=labels, vocab_size=size)
 
     return loss
 
@@ -155,7 +155,7 @@ def _prepare(
             raise ValueError(f"{_WHO}: balance='time' and a model on the meta device; expected one that can run.")
     elif len(balance) != stages or sum(balance) != blocks or any(int(n) < 1 for n in balance):
         raise ValueError(
-            f"{_WHO}: balance={list(balance)}; expected {stages} numbers of blocks, each at least 1, that make {blocks}."
+            f"{_WHO}: balance={list(balance)}; expected {stages} block counts of 1 or more that make {blocks}."
         )
     return kind, microbatches, stages, parts
 
@@ -192,7 +192,7 @@ def _bounds(
             return output.float().sum()
         target = next(value for value in (example or {}).values() if isinstance(value, Tensor))
         try:
-            return loss_fn(output, target)  # type: ignore[no-any-return]
+            return loss_fn(output, target)
         except (TypeError, ValueError, RuntimeError):  # a target of another kind than the inputs
             return output.float().sum()
 
@@ -236,7 +236,7 @@ def _share(
 ) -> list[Tie]:
     """Tells each parameter what it is to the whole model; finds what several ranks hold."""
     me, ties = dist.get_rank(group), []
-    here = {}
+    here: dict[int, str] = {}
     for stage in mine:
         for name, param in stage.model.named_parameters(remove_duplicate=False):
             here.setdefault(id(param), name)
@@ -299,9 +299,9 @@ def _check_tied(model: nn.Module, holders: _Holders, group: dist.ProcessGroup) -
     dist.all_gather_object(every, digests, group=group)
     ranks = dist.get_process_group_ranks(group)
     for rank, theirs in zip(ranks, every, strict=True):
-        name = next((name for name in digests if theirs.get(name) != digests[name]), None)
-        if name is not None or theirs.keys() != digests.keys():
+        differing = next((name for name in digests if theirs.get(name) != digests[name]), None)
+        if differing is not None or theirs.keys() != digests.keys():
             raise ValueError(
-                f"{_WHO}: {name} has other values on rank {rank} than on this one; expected the same, since several "
-                "stages hold it. Seed all ranks alike, or load the same weights, before this call."
+                f"{_WHO}: {differing} has other values on rank {rank} than on this one; expected the same, since "
+                "several stages hold it. Seed all ranks alike, or load the same weights, before this call."
             )

@@ -59,7 +59,8 @@ def parts_of(model: nn.Module, plan: Plan | None) -> Parts:
 
 def _by_order(model: nn.Module, blocks: str) -> Parts:
     """What a module registers before the child that leads to the blocks is used before them, the rest after."""
-    first, last = [], []
+    first: list[str] = []
+    last: list[str] = []
     module, path = model, ""
     for key in blocks.split("."):
         seen = False

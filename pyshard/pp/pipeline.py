@@ -92,7 +92,7 @@ class Pipeline(nn.Module):
         """The part of the whole model's state_dict that this rank's stages hold."""
         found: dict[str, Any] = {}
         for stage in self.stages:
-            found.update(stage.model.state_dict(*args, **kwargs))  # type: ignore[operator,union-attr]
+            found.update(stage.model.state_dict(*args, **kwargs))  # type: ignore[union-attr]
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -150,10 +150,8 @@ class Pipeline(nn.Module):
             raise RuntimeError(f"{_WHO}.step: gradients are disabled here; expected them to be on. Use evaluate().")
         return self._run("step", args, kwargs, target, scaler, return_logits)
 
-    def evaluate(
-        self, *args: Any, target: Tensor | None = None, return_logits: bool = True, **kwargs: Any
-    ) -> Output:
-        """Forward of a batch without gradients; arguments as those of step(). Call .eval() first to have dropout off."""
+    def evaluate(self, *args: Any, target: Tensor | None = None, return_logits: bool = True, **kwargs: Any) -> Output:
+        """Forward of a batch without gradients; arguments as those of step(). Call .eval() before it."""
         if target is not None and self.settings.loss_fn is None:
             raise ValueError(f"{_WHO}.evaluate: target, and no loss_fn; expected one to pipeline(), or no target.")
         return self._run("evaluate", args, kwargs, target, None, return_logits)
@@ -312,10 +310,13 @@ class Pipeline(nn.Module):
         if len(shape) != len(old) or len(shape) < 2 or len(hidden) < 2 or hidden[0] != old[0]:
             return None
         group = next((s.group for p in self.parameters() if (s := tensor_shard(p)) is not None), None)
-        for sizes in (lambda n: n, lambda n: n if group is None else split_sizes(n, group.size())[dist.get_rank(group)]):
-            if hidden[1] == sizes(old[1]):
-                return (shape[0], sizes(shape[1]), *hidden[2:]), dtype
-        return None
+        if hidden[1] == old[1]:
+            return (shape[0], shape[1], *hidden[2:]), dtype
+        if group is None:
+            return None
+        # Cut along the sequence over tensor-parallel ranks.
+        was, now = (split_sizes(length, group.size())[dist.get_rank(group)] for length in (old[1], shape[1]))
+        return ((shape[0], now, *hidden[2:]), dtype) if hidden[1] == was else None
 
     def _probe(self, micro: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
         """What comes out of the first block for one microbatch, told to all ranks by the one that has it."""
@@ -341,7 +342,7 @@ class Pipeline(nn.Module):
         if isinstance(found[0], str):
             rank = dist.get_process_group_ranks(self.group)[source]
             raise PeerError(f"{_WHO}: rank {rank} failed in the first block: {found[0]}", rank, "forward of stage 0")
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     def explain(self) -> str:
         """Which rank has which blocks, and the schedule."""

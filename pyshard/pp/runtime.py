@@ -17,6 +17,7 @@ from ..placement import PipelineShare, pipeline_share
 from .schedules import Kind
 from .stage import Stage
 
+
 @dataclass(frozen=True)
 class Settings:
     """How a pipeline runs."""
@@ -156,7 +157,7 @@ class Run:
             self.raw.append(loss.detach())
             if self.settings.mean:
                 loss = loss / self.settings.microbatches
-            return loss if self.scaler is None else self.scaler.scale(loss)  # type: ignore[no-any-return]
+            return loss if self.scaler is None else self.scaler.scale(loss)
 
     def __call__(self, inputs: dict[str, Any], target: Tensor | None, backward: bool, keep_outputs: bool) -> Any:
         """Runs all microbatches. Returns the outputs of the last stage on the rank that has it, if they are kept."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .parts import Parts
 
 
-class StageEnd(Exception):  # noqa: N818  # no error: ends a forward
+class StageEnd(Exception):  # no error: ends a forward
     """Carries the hidden states after the last block of a stage out of the model's forward."""
 
     def __init__(self, hidden: Tensor):
@@ -85,7 +85,7 @@ class _Call:
         return output
 
     def _module(self) -> nn.Module:
-        return self._blocks._modules[str(self._index)]  # type: ignore[return-value]
+        return self._blocks._modules[str(self._index)]
 
     def __getattr__(self, name: str) -> Any:
         """Of the block, such as the kind of its attention."""
