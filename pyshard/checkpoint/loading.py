@@ -9,17 +9,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from . import files, naming, state
+from . import files, naming, stages, state
 from .contents import Contents
-from .ranks import ranks_of
+from .ranks import Ranks, ranks_of
 from .saving import agreed_path
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimizer | None) -> dict[str, Any]:
-    """Loads what save_checkpoint has saved, in place; all ranks of the optimizer's process group call it.
+    """Loads what save_checkpoint has saved, in place; all ranks that hold a part call it, as they call save_checkpoint.
 
-    With a tensor-parallel model: the ranks of the process groups of all tensor-parallel ranks.
-    The number of ranks, data-parallel and tensor-parallel ones, how parameters are cut over the latter, the optimizer's
+    The number of ranks (data-parallel, tensor-parallel, pipeline), how parameters are cut over them, the optimizer's
     class (pyshard.AdamW, ShardedAdamW, torch.optim.AdamW), its cut, the layout of tensors in memory and the kind of
     master weights may differ from those of the save. State goes into the tensors that are there, or into new ones, one
     parameter at a time: besides the state, memory is needed for one or two of the pieces in which tensors were saved,
@@ -51,11 +50,13 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
     ranks.each("checking its files", lambda: files.verify(directory, listed, block, ranks.rank, ranks.world))
     ranks.hint = "Nothing was changed."
 
+    whole = ranks.agree("comparing names", lambda: stages.held(model, opt), lambda found: _union(ranks, found))
+
     def look() -> tuple[state.ModelLoad, state.OptimizerLoad | None, dict[str, Any]]:
         contents = Contents(directory)
         extra = torch.load(directory / files.EXTRA, map_location="cpu", weights_only=True)
-        optimizer = None if opt is None else state.OptimizerLoad(model, opt, contents)
-        return state.ModelLoad(model, contents), optimizer, extra
+        optimizer = None if opt is None else state.OptimizerLoad(model, opt, contents, whole)
+        return state.ModelLoad(model, contents, whole), optimizer, extra
 
     of_model, of_optimizer, extra = ranks.each("comparing it with model and optimizer", look)
     ranks.hint = "Model and optimizer are partly loaded: load a checkpoint before you use them."
@@ -69,6 +70,13 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
     if warning:
         warnings.warn(f"pyshard.load_checkpoint: {warning}", stacklevel=2)
     return extra
+
+
+def _union(ranks: Ranks, found: list[stages.Held]) -> list[stages.Held]:
+    """What all stages have together. Without a pipeline each rank compares what it has with the checkpoint."""
+    if all(held.stages == 1 for held in found):
+        return found
+    return [stages.together(ranks.ranks, [held._replace(settings=[]) for held in found])] * ranks.world
 
 
 def _find(root: Path) -> tuple[Path, dict[str, Any], list[Path]]:

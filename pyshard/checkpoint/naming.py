@@ -5,6 +5,7 @@ The keys are those of torch's get_model_state_dict and get_optimizer_state_dict,
     model.<name>    optimizer.state.<name of the parameter>.<item>    optimizer.param_groups.<i>.<hyperparameter>
 
 A parameter of which tensor-parallel ranks hold parts is one tensor, the whole; each rank gives its part as a FlatShard.
+Pipeline stages give what they hold by the names of the whole model.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from ..optim import state as states
 from ..optim.flat_shard import FlatShard
 from ..optim.rectangles import cut_of
+from ..placement import pipeline_share, tensor_shard
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -84,12 +86,15 @@ def give(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def names_of(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
-    """The name of each parameter of an optimizer.
+    """The name of each parameter of an optimizer; of a pipeline's the one that the whole model has first for it.
 
     Raises:
         ValueError: a parameter is not the model's.
     """
-    names: dict[Tensor, str] = {param: plain(name) for name, param in unwrapped(model).named_parameters()}
+    names: dict[Tensor, str] = {}
+    for name, own in unwrapped(model).named_parameters():
+        share = pipeline_share(own)
+        names[own] = plain(name) if share is None else share.name
     for index, param in enumerate(params_of(optimizer)):
         if param not in names:
             raise ValueError(
@@ -104,7 +109,10 @@ def params_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def to_save(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    """The state_dict that goes to torch.distributed.checkpoint; its tensors are those that train, or copies."""
+    """The state_dict that goes to torch.distributed.checkpoint; its tensors are those that train, or copies.
+
+    Parameter groups have the parameters of this rank's pipeline stages; stages.together() knows all.
+    """
     settle(optimizer)
     parts = {name: states.as_whole(param, param) for name, param in cut_params(model).items()}
     saved: dict[str, Any] = {"model": state_of(model) | parts}
@@ -114,18 +122,35 @@ def to_save(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
         by_index = [names[param] for param in params]
         held = optimizer.state_dict()
         groups = held["param_groups"]
+        ours = _saves_whole_state(model)
         saved["optimizer"] = {
-            "state": {by_index[i]: _of_wholes(by_index[i], params[i], items) for i, items in held["state"].items()},
+            "state": {
+                by_index[i]: _of_wholes(by_index[i], params[i], items, ours)
+                for i, items in held["state"].items()
+                if (share := pipeline_share(params[i])) is None or share.counted
+            },
             "param_groups": [{**group, "params": [by_index[i] for i in group["params"]]} for group in groups],
         }
     return saved
 
 
-def _of_wholes(name: str, param: Tensor, items: dict[str, Any]) -> dict[str, Any]:
-    """State of a parameter of which this rank holds a part, kept by an optimizer that knows nothing of it."""
-    if cut_of(param) is None:
-        return items
+def _saves_whole_state(model: nn.Module) -> bool:
+    """True on the first of the tensor-parallel ranks, which saves the state of what is whole on all of them.
+
+    A sharded optimizer cuts it into runs, at other places on each of them if their parts have different sizes.
+    """
+    shards = (tensor_shard(param) for param in model.parameters())
+    return all(shard is None or shard.rank == 0 for shard in shards)
+
+
+def _of_wholes(name: str, param: Tensor, items: dict[str, Any], ours: bool) -> dict[str, Any]:
+    """State of a parameter; where this rank holds a part, also that of an optimizer that knows nothing of it."""
     found = dict(items)
+    if cut_of(param) is None:
+        for value in found.values():
+            if isinstance(value, FlatShard):
+                value.saved = ours
+        return found
     for key, value in items.items():
         if not isinstance(value, Tensor) or isinstance(value, FlatShard) or value.dim() == 0:
             continue

@@ -4,10 +4,11 @@ Every rank sends a message to the first one, which answers each. The connections
 processes: when a process dies they close, so the first rank knows at once who is gone, and tells the others.
 """
 
+import math
 import pickle
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..comm import PeerError
-from ..placement import tensor_shard
+from ..kernels.launch import is_dtensor
+from ..placement import pipeline_share, tensor_shard
+from . import background
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,46 +61,63 @@ class Ranks:
 
     Args:
         who: opens error messages.
-        group: None is the default group.
-        tensor_group: the tensor-parallel ranks of the model, if there are any; the ranks of the groups of all of them
-            are meant then.
+        group: data-parallel ranks; None: those of `meshes`, and without any all ranks there are.
+        levels: the tensor-parallel and the pipeline group of this rank, each with what it is called. The ranks are
+            those of the data-parallel groups of all ranks of the first level, of all ranks of the second.
+        meshes: ranks of the meshes over which parameters are DTensors.
     """
 
-    def __init__(self, who: str, group: "dist.ProcessGroup | None", tensor_group: "dist.ProcessGroup | None" = None):
+    def __init__(
+        self,
+        who: str,
+        group: "dist.ProcessGroup | None",
+        levels: "Sequence[tuple[str, dist.ProcessGroup]]" = (),
+        meshes: Collection[int] = (),
+    ):
         self.who = who
         self.hint = ""  # closes error messages: in which state things are left, and what to do
         self.rank, self.world, self.ranks = 0, 1, [0]
-        if group is not None and tensor_group is not None:
-            self._join(group, tensor_group)
-        elif dist.is_available() and dist.is_initialized() and dist.get_world_size(group) != 1:
-            self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-            if self.rank < 0:
-                raise ValueError(
-                    f"{who}: this process, rank {dist.get_rank()}, is not in the optimizer's process group; expected "
-                    "one of its ranks. Call this on those only."
-                )
-            known = group or dist.distributed_c10d._get_default_group()
-            self.ranks = dist.get_process_group_ranks(known)
-            self._wire = _wire(who, known, self.ranks)
-
-    def _join(self, group: "dist.ProcessGroup", tensor_group: "dist.ProcessGroup") -> None:
-        """The ranks of the groups of all tensor-parallel ranks."""
+        background.finish()
+        if not dist.is_available() or not dist.is_initialized():
+            return
         world = dist.distributed_c10d._get_default_group()
-        ranks = dist.get_process_group_ranks(world)
-        if group.size() * tensor_group.size() != len(ranks):  # else they are all there are
-            every: list[Any] = [None] * tensor_group.size()
-            try:
-                dist.all_gather_object(every, dist.get_process_group_ranks(group), group=tensor_group)
-            except RuntimeError as error:
-                raise PeerError(
-                    f"{self.who}: a rank of the tensor-parallel group {dist.get_process_group_ranks(tensor_group)} is "
-                    f"lost or does not answer ({_plain(error)}); expected all of them to call this.",
-                    None,
-                    "connecting",
-                ) from error
-            ranks = sorted({rank for each in every for rank in each})
-        self.ranks, self.rank, self.world = ranks, ranks.index(dist.get_rank()), len(ranks)
-        self._wire = _wire(self.who, world, ranks)
+        everyone = dist.get_process_group_ranks(world)
+        if group is not None and dist.get_rank(group) < 0:
+            raise ValueError(
+                f"{who}: this process, rank {dist.get_rank()}, is not in the optimizer's process group; expected one "
+                "of its ranks. Call this on those only."
+            )
+        here = {*meshes, *(everyone if group is None else dist.get_process_group_ranks(group))}
+        if group is None and meshes:
+            here = {*meshes, dist.get_rank()}
+        levels = [(name, level) for name, level in levels if not here.issuperset(dist.get_process_group_ranks(level))]
+        if len(here) * math.prod(level.size() for _, level in levels) == len(everyone):
+            here = set(everyone)  # these are independent of each other, so nobody needs to be asked
+        for name, level in levels:
+            if len(here) < len(everyone):
+                here = self._join(here, name, level)
+        if group is None or here != set(dist.get_process_group_ranks(group)):
+            group = world
+            self.ranks = sorted(here)
+        else:
+            self.ranks = dist.get_process_group_ranks(group)
+        self.rank, self.world = self.ranks.index(dist.get_rank()), len(self.ranks)
+        if self.world > 1:
+            self._wire = _wire(who, group, self.ranks)
+
+    def _join(self, here: set[int], name: str, level: "dist.ProcessGroup") -> set[int]:
+        """These ranks, and those that other ranks of a group are together with."""
+        every: list[Any] = [None] * level.size()
+        try:
+            dist.all_gather_object(every, sorted(here), group=level)
+        except RuntimeError as error:
+            raise PeerError(
+                f"{self.who}: a rank of the {name} group {dist.get_process_group_ranks(level)} is lost or does not "
+                f"answer ({_plain(error)}); expected all of them to call this.",
+                None,
+                "connecting",
+            ) from error
+        return {rank for each in every for rank in each}
 
     @property
     def first(self) -> bool:
@@ -289,8 +309,24 @@ def _wire(who: str, group: "dist.ProcessGroup", ranks: list[int]) -> _Wire:
 
 
 def ranks_of(who: str, model: nn.Module, opt: Optimizer | None) -> Ranks:
-    """The ranks that hold the parts of a model and its optimizer: those of the optimizer's process group, and those of
-    the groups of all tensor-parallel ranks. Without a process group all there are."""
-    groups = (shard.group for param in model.parameters() if (shard := tensor_shard(param)) is not None)
-    tensor_group = next((group for group in groups if group.size() > 1), None)
-    return Ranks(who, getattr(opt, "process_group", None), tensor_group)
+    """The ranks that hold the parts of a model and its optimizer.
+
+    Data-parallel ones are those of the optimizer's process group, and of the meshes of DTensors (with all dimensions
+    that these have been cut from); without any all ranks there are. With them come the tensor-parallel ranks and the
+    pipeline's, which parameters tell.
+    """
+    levels: dict[str, dist.ProcessGroup] = {}
+    meshes: set[int] = set()
+    roots: set[int] = set()
+    for param in model.parameters():
+        for name, part in (("tensor-parallel", tensor_shard(param)), ("pipeline", pipeline_share(param))):
+            if part is not None:
+                levels.setdefault(name, part.group)
+        if is_dtensor(param):
+            mesh = param.device_mesh  # type: ignore[attr-defined]
+            if id(mesh) not in roots:
+                roots.add(id(mesh))
+                meshes |= set(mesh._get_root_mesh().mesh.flatten().tolist())
+    # In one order on all ranks, whose exchanges would wait for each other otherwise.
+    order = [(name, levels[name]) for name in ("tensor-parallel", "pipeline") if name in levels]
+    return Ranks(who, getattr(opt, "process_group", None), order, meshes)

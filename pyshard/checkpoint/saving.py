@@ -1,140 +1,217 @@
 """pyshard.save_checkpoint: a new directory, written by all ranks, then one switch of a pointer."""
 
+import contextlib
 import io
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 from .._version import __version__
 from ..comm import PeerError
-from . import files, naming
+from . import background, files, naming, stages
+from .background import AsyncSave
 from .ranks import Ranks, ranks_of
 
 
+@overload
 def save_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, opt: Optimizer | None, *, keep: int = 2, **extra: Any
-) -> None:
-    """Saves model, optimizer and extra values under `path`; all ranks of the optimizer's process group call it.
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    opt: Optimizer | None,
+    *,
+    keep: int = 2,
+    async_save: Literal[False] = False,
+    **extra: Any,
+) -> None: ...
 
-    With a tensor-parallel model: the ranks of the process groups of all tensor-parallel ranks. The checkpoint gets a
-    directory of its own, in the format of torch.distributed.checkpoint, which does not depend on the number of ranks,
-    data-parallel or tensor-parallel: it holds whole parameters. Each rank writes its part of them and of the
-    optimizer's state, and a share of what all have. When all files are on disk, `path`/latest is replaced in one
-    operation. A process that dies before that leaves the previous checkpoint in force, one that dies later the new
-    one. The next save removes what dead ones have left.
+
+@overload
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    opt: Optimizer | None,
+    *,
+    keep: int = 2,
+    async_save: Literal[True],
+    **extra: Any,
+) -> AsyncSave: ...
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    opt: Optimizer | None,
+    *,
+    keep: int = 2,
+    async_save: bool = False,
+    **extra: Any,
+) -> AsyncSave | None:
+    """Saves model, optimizer and extra values under `path`; all ranks that hold a part of them call it.
+
+    Those are the ranks of the optimizer's process group, or of the mesh of DTensors (with neither, all there are), and
+    of the groups of all tensor-parallel and pipeline ranks. The checkpoint gets a directory of its own, in the format
+    of torch.distributed.checkpoint, which does not depend on the number of ranks of any kind: it holds whole
+    parameters, of all pipeline stages. Each rank writes its part of them and of the optimizer's state, and a share of
+    what all have. When all files are on disk, `path`/latest is replaced in one operation. A process that dies before
+    that leaves the previous checkpoint in force, one that dies later the new one. The next save removes what dead ones
+    have left.
 
     Args:
         path: a directory, on a file system that all ranks share; made if it is not there. One training run at a time
             saves into it.
-        model: as it is trained; names are those without the wrappers of DDP and torch.compile.
+        model: as it is trained; names are those without the wrappers of DDP and torch.compile. A pipeline: of the whole
+            model.
         opt: the optimizer of its parameters; None saves the model alone.
         keep: how many complete checkpoints stay, the new one included.
+        async_save: True: returns when this rank's share is copied to host memory, and writes in the background. Another
+            save or load waits for it to end. The copies' memory is kept for the next such save; a save without
+            async_save frees it.
         extra: other values, by name: what torch.load(weights_only=True) can load. Those of the group's first rank are
             saved. (The state of random number generators is saved if you pass it.)
+
+    Returns:
+        with async_save a handle, whose wait() raises what the save has raised; else None.
 
     Raises:
         ValueError, TypeError: on all ranks, before anything is written.
         pyshard.checkpoint.CheckpointError: on all ranks; one could not write. Older checkpoints are as they were.
         pyshard.comm.PeerError: another rank is lost; names it and what this one was doing.
+        The error of the last asynchronous save, if its wait() was not called: nothing was written.
     """
     ranks = ranks_of("pyshard.save_checkpoint", model, opt)
     root = agreed_path(ranks, path)
     ranks.hint = "Nothing was written."
+    prepared: list[tuple[dict[str, Any], bytes | None]] = []
 
-    def prepare() -> dict[str, Any]:
+    def prepare() -> tuple[stages.Held, bool]:
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep={keep!r}; expected a whole number, at least 1.")
-        if ranks.first:
-            payload.append(_packed(extra))
-        return naming.to_save(model, opt)
+        payload = _packed(extra) if ranks.first else None
+        held = stages.held(model, opt)
+        prepared.append((naming.to_save(model, opt), payload))
+        return held, bool(async_save)
 
-    payload: list[bytes] = []
+    def compare(found: list[tuple[stages.Held, bool]]) -> list[stages.Held]:
+        for rank, (_, other) in zip(ranks.ranks, found, strict=True):
+            if other != bool(async_save):
+                raise ValueError(
+                    f"async_save={other} on rank {rank} and {bool(async_save)} on rank {ranks.ranks[0]}; expected the "
+                    "same on all ranks."
+                )
+        return [stages.together(ranks.ranks, [held for held, _ in found])] * ranks.world
+
     with torch.no_grad():
-        saved = ranks.each("looking at model and optimizer", prepare)
+        whole = ranks.agree("looking at model and optimizer", prepare, compare)
+        saved, payload = prepared.pop()
+        stages.name_groups(saved, whole)
         ranks.hint = f"Complete checkpoints in {root} are as they were."
         directory, previous = ranks.by_first("making a directory", lambda: files.begin(root))
-        switched: list[bool] = []
+        save = _Save(ranks, directory, previous, payload, keep)
+        with save.cleaning():
+            save.plan(saved)
+            del saved
+            if async_save:
+                ranks.each("copying what this rank writes", save.copy)
+                return background.start(root, save.write)
+        background.release()
+        save.write()
+    return None
+
+
+class _Save:
+    """One save, from an empty directory on."""
+
+    def __init__(self, ranks: Ranks, directory: Path, previous: Path | None, payload: bytes | None, keep: int):
+        self.ranks, self.directory, self.previous, self.payload, self.keep = ranks, directory, previous, payload, keep
+        self.folder = files.Folder()
+        self.writer = FileSystemWriter(directory, sync_files=False)  # the folder does, after flushing
+        self.writer.fs = self.folder
+        self.planner = DefaultSavePlanner()
+        self.values: SavePlanner = self.planner  # where the writer looks up values
+        self.switched = False
+
+    @contextlib.contextmanager
+    def cleaning(self) -> Iterator[None]:
+        """Removes the directory if the save fails."""
         try:
-            _write(ranks, directory, previous, saved, payload, switched)
+            yield
         except PeerError:
             raise  # the others may still be writing; the next save cleans up
         except BaseException:
-            if ranks.first and not switched:
-                try:
-                    files.remove(directory)
-                except OSError:
-                    pass  # as above
+            if self.ranks.first and not self.switched:
+                with contextlib.suppress(OSError):  # as above
+                    files.remove(self.directory)
             raise
-    if ranks.first:
-        try:
-            files.prune(directory, keep)
-        except OSError as error:
-            warnings.warn(
-                f"pyshard.save_checkpoint: the new checkpoint is complete, but an old one could not be removed: "
-                f"{error}. The next save will try again.",
-                stacklevel=2,
-            )
 
+    def plan(self, saved: dict[str, Any]) -> None:
+        """Who writes what."""
 
-def _write(
-    ranks: Ranks,
-    directory: Path,
-    previous: Path | None,
-    saved: dict[str, Any],
-    payload: list[bytes],
-    switched: list[bool],
-) -> None:
-    folder = files.Folder()
-    writer = FileSystemWriter(directory, sync_files=False)  # the folder does, after flushing
-    writer.fs = folder
-    planner = DefaultSavePlanner()
+        def plan() -> SavePlan:
+            if not self.directory.is_dir():
+                raise FileNotFoundError(
+                    f"{self.directory}, which the first rank has made for this save, is not there. Save to a path on a "
+                    "file system that all ranks share, into which no other run saves."
+                )
+            self.planner.set_up_planner(saved, self.writer.storage_meta(), self.ranks.first)
+            self.writer.set_up_storage_writer(self.ranks.first, rank=self.ranks.rank, use_collectives=True)
+            return self.writer.prepare_local_plan(self.planner.create_local_plan())
 
-    def plan() -> SavePlan:
-        if not directory.is_dir():
-            raise FileNotFoundError(
-                f"{directory}, which the first rank has made for this save, is not there. Save to a path on a file "
-                "system that all ranks share, into which no other run saves."
-            )
-        planner.set_up_planner(saved, writer.storage_meta(), ranks.first)
-        writer.set_up_storage_writer(ranks.first, rank=ranks.rank, use_collectives=True)
-        return writer.prepare_local_plan(planner.create_local_plan())
+        def share(plans: list[SavePlan]) -> list[SavePlan]:
+            _check_same(self.ranks, plans)
+            return self.writer.prepare_global_plan(self.planner.create_global_plan(plans)[0])
 
-    def share(plans: list[SavePlan]) -> list[SavePlan]:
-        _check_same(ranks, plans)
-        return writer.prepare_global_plan(planner.create_global_plan(plans)[0])
+        mine = self.ranks.agree("planning who writes what", plan, share)
+        self.mine = self.planner.finish_plan(mine)
 
-    mine = ranks.agree("planning who writes what", plan, share)
+    def copy(self) -> None:
+        """Copies what this rank writes, which may change from then on."""
+        self.values = background.Copies(self.mine, self.planner)
+        self.planner.state_dict = {}  # fp32 masters of split weights have been made for it
 
-    def write() -> tuple[list[WriteResult], dict[str, files.Entry]]:
-        results = writer.write_data(planner.finish_plan(mine), planner).wait()
-        for data in payload:
-            with folder.create_stream(directory / files.EXTRA, "wb") as stream:
-                stream.write(data)
-        files.sync_directory(directory)  # on each host
-        return results, dict(folder.entries)
+    @torch.no_grad()
+    def write(self) -> None:
+        """All files, the switch, and the end of old checkpoints."""
+        with self.cleaning():
+            self.ranks.agree("writing", self._write, self._finish)
+        if self.ranks.first:
+            try:
+                files.prune(self.directory, self.keep)
+            except OSError as error:
+                warnings.warn(
+                    "pyshard.save_checkpoint: the new checkpoint is complete, but an old one could not be removed: "
+                    f"{error}. The next save will try again.",
+                    stacklevel=3,
+                )
 
-    def finish(written: list[tuple[list[WriteResult], dict[str, files.Entry]]]) -> list[None]:
-        writer.finish(planner.metadata, [results for results, _ in written])
-        entries = {name: entry for _, found in written for name, entry in found.items()} | folder.entries
-        made_by = {"pyshard": __version__, "torch": torch.__version__, "ranks": ranks.world}
+    def _write(self) -> tuple[list[WriteResult], dict[str, files.Entry]]:
+        results = self.writer.write_data(self.mine, self.values).wait()
+        if self.payload is not None:
+            with self.folder.create_stream(self.directory / files.EXTRA, "wb") as stream:
+                stream.write(self.payload)
+        files.sync_directory(self.directory)  # on each host
+        return results, dict(self.folder.entries)
+
+    def _finish(self, written: list[tuple[list[WriteResult], dict[str, files.Entry]]]) -> list[None]:
+        self.writer.finish(self.planner.metadata, [results for results, _ in written])
+        entries = {name: entry for _, found in written for name, entry in found.items()} | self.folder.entries
+        made_by = {"pyshard": __version__, "torch": torch.__version__, "ranks": self.ranks.world}
         manifest = {"format": files.FORMAT, **made_by, "block": files.BLOCK, "files": entries}
-        files.write_sealed(directory / files.MANIFEST, manifest)
-        files.make_ready(directory, previous)
-        switched.append(True)  # whatever happens from here on, the directory must not be removed
-        files.switch(directory)
-        return [None] * ranks.world
-
-    ranks.agree("writing", write, finish)
+        files.write_sealed(self.directory / files.MANIFEST, manifest)
+        files.make_ready(self.directory, self.previous)
+        self.switched = True  # whatever happens from here on, the directory must not be removed
+        files.switch(self.directory)
+        return [None] * self.ranks.world
 
 
 def _check_same(ranks: Ranks, plans: list[SavePlan]) -> None:
@@ -170,7 +247,11 @@ def agreed_path(ranks: Ranks, path: str | os.PathLike[str]) -> Path:
                 )
         return paths
 
-    return Path(ranks.agree("comparing paths", lambda: os.path.abspath(os.fspath(path)), same))
+    def mine() -> str:
+        background.report()  # here, so that all ranks raise it
+        return os.path.abspath(os.fspath(path))
+
+    return Path(ranks.agree("comparing paths", mine, same))
 
 
 def _packed(extra: dict[str, Any]) -> bytes:

@@ -19,14 +19,18 @@ from ..optim.sharded import ShardedAdam
 from . import naming
 from .contents import Contents, Item
 from .naming import params_of
+from .stages import Held
 
 # ---- loading: the model ----
 
 
 class ModelLoad:
-    """Loads a model in place. All checks are made when this is constructed, and nothing is changed."""
+    """Loads a model in place. All checks are made when this is constructed, and nothing is changed.
 
-    def __init__(self, model: nn.Module, contents: Contents):
+    `whole`: what all pipeline stages have together.
+    """
+
+    def __init__(self, model: nn.Module, contents: Contents, whole: Held):
         self.model, self.contents = model, contents
         for name, param in (*model.named_parameters(), *model.named_buffers()):
             if param.device.type == "meta":
@@ -39,7 +43,8 @@ class ModelLoad:
         planner = DefaultLoadPlanner()
         planner.set_up_planner({"model": self.held | self.parts}, contents.metadata)
         self.wanted: dict[str, Any] = planner.state_dict
-        saved = {item.key: item for item in contents.below("model").values()}
+        elsewhere = {*whole.names}.difference(self.held)
+        saved = {item.key: item for path, item in contents.below("model").items() if path[0] not in elsewhere}
         _check_names("the model", self.wanted, saved)
         for key, value in self.wanted.items():
             stored = saved[key].tensor
@@ -57,10 +62,8 @@ class ModelLoad:
         planner.set_up_planner(values, self.contents.metadata)
         self.contents.reader.read_data(planner.create_local_plan(), planner).wait()
         for name, part in self.parts.items():
-            own = self.held[name]
-            if part.local.numel() and part.local.data_ptr() != own.data_ptr():  # not dense: read into a copy
-                own.copy_(part.as_part())
-            values["model"][name] = own
+            states.put_back(part, self.held[name])
+            values["model"][name] = self.held[name]
         # The tensors are the model's own already; this is for what else it saves, and for its hooks.
         naming.give(self.model, values["model"])
 
@@ -94,10 +97,13 @@ _PER_ELEMENT = (*states.MOMENTS, "master")
 
 
 class OptimizerLoad:
-    """Loads an optimizer in place, whatever its cut. Checks are made at construction, and nothing is changed."""
+    """Loads an optimizer in place, whatever its cut. Checks are made at construction, and nothing is changed.
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, contents: Contents):
-        self.optimizer, self.contents = optimizer, contents
+    `whole`: what all pipeline stages have together.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, contents: Contents, whole: Held):
+        self.optimizer, self.contents, self.whole = optimizer, contents, whole
         self.sharded = optimizer if isinstance(optimizer, ShardedAdam) and optimizer.world > 1 else None
         self.names = naming.names_of(model, optimizer)
         self.items: dict[str, dict[str, Item]] = {}
@@ -131,8 +137,8 @@ class OptimizerLoad:
                 f"the checkpoint has {len(saved)} parameter groups; expected {len(here)}. Give the optimizer the "
                 "groups that it was saved with."
             )
-        for index, (group, old) in enumerate(zip(here, saved, strict=True)):
-            wanted = dict.fromkeys(self.names[param] for param in group["params"])
+        for index, old in enumerate(saved):
+            wanted = dict.fromkeys(name for name, _ in (self.whole.groups or [])[index])
             _check_names(f"group {index} of the optimizer", wanted, dict.fromkeys(old["params"]))
         for param in params_of(self.optimizer):
             for key, item in self.items.get(self.names[param], {}).items():
@@ -172,6 +178,7 @@ class OptimizerLoad:
     def _load(self, param: Tensor, group: dict[str, Any], items: dict[str, Item], dropped: list[str]) -> dict[str, Any]:
         kept, loaded, values = self.optimizer.state.get(param, {}), {}, {}
         low, low_key = None, self._low_key(param)
+        targets: list[_Target] = []
         run = None if self.sharded is None else self.sharded.run_of(param)
         for key, item in items.items():
             if key == "master" and low_key != "master":
@@ -179,16 +186,20 @@ class OptimizerLoad:
                     dropped.append(self.names[param])
                 else:
                     low = _Target(param, run, None, torch.float32)
+                    targets.append(low)
                     values[item.key] = low.shown
                 continue
             if item.tensor is None:
                 values[item.key] = None
             elif key in _PER_ELEMENT or item.tensor.size == naming.whole_shape(param) != torch.Size([]):
                 target = _Target(param, run, kept.get(key), self._dtype(param, item.tensor))
+                targets.append(target)
                 loaded[key], values[item.key] = target.kept, target.shown
             else:
                 loaded[key] = values[item.key] = self._scalar(param, group, key, kept.get(key), item.tensor)
         self.contents.read(values)
+        for target in targets:
+            target.settle()
         for key, item in items.items():
             if item.tensor is None:
                 loaded[key] = values[item.key]
@@ -235,20 +246,23 @@ class _Target:
     def __init__(self, param: Tensor, run: tuple[int, int] | None, old: Any, dtype: torch.dtype):
         fits = isinstance(old, Tensor) and (old.dtype, old.device) == (dtype, param.device)
         self.kept: Tensor
+        self.part: FlatShard | None = None
         if run is None:
             same = fits and type(old) is not FlatShard and old.shape == param.shape
             self.kept = old if same else torch.empty_like(param, dtype=dtype, requires_grad=False)
             self.shown = self.kept
             if cut_of(param) is not None:
-                part = states.as_whole(self.kept, param)
-                if part.local.data_ptr() != self.kept.data_ptr():  # not dense: the part is a copy
-                    self.kept = part.as_part()
-                self.shown = part
+                self.shown = self.part = states.as_whole(self.kept, param)
         else:
             size = run[1] - run[0]
             same = fits and old.shape == (size,)
             self.kept = old if same else torch.empty(size, dtype=dtype, device=param.device)
             self.shown = FlatShard(self.kept, param, run[0])
+
+    def settle(self) -> None:
+        """To be called when all has been read: memory that is not dense was read into a copy."""
+        if self.part is not None:
+            states.put_back(self.part, self.kept)
 
 
 def _remainder(param: Tensor, run: tuple[int, int] | None, master: Tensor, old: Any) -> Tensor:

@@ -363,10 +363,10 @@ def full(
         for a, b, rank in spans:
             dist.broadcast(flat[a:b], src=rank if group is None else dist.get_global_rank(group, rank), group=group)
     part = flat.as_strided(value.part_shape, value.part_stride)
-    return part if value.cut is None or shard is None else _whole(part, value, shard)
+    return part if value.cut is None or shard is None else whole_of_parts(part, value, shard)
 
 
-def _whole(part: Tensor, like: FlatShard, shard: TensorShard) -> Tensor:
+def whole_of_parts(part: Tensor, like: FlatShard, shard: TensorShard) -> Tensor:
     """The whole tensor, from the parts of all ranks of its group."""
     whole = torch.empty_strided(like.shape, like.stride(), dtype=part.dtype, device=part.device)
     for rank in range(len(shard.pieces)):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.launch import is_dtensor
 from ..placement import Piece, tensor_shard
 
 
@@ -39,6 +40,32 @@ def cut_of(param: Tensor) -> Cut | None:
     if len(shard.pieces) == 1 and list(pieces) == sorted(pieces):
         return None
     return Cut(shard.dim, pieces, shard.shape)
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """Elements [begin, end) of a tensor, row by row, that this rank holds: of a DTensor its rows, else all.
+
+    Raises:
+        ValueError: a DTensor that is not sharded along its first dimension only.
+    """
+    if not is_dtensor(tensor):
+        return 0, tensor.numel()
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(tensor, DTensor)
+    placements = tensor.placements
+    if any(type(placement) is not Replicate and placement != Shard(0) for placement in placements):
+        raise ValueError(
+            f"a part of a whole tensor, of shape {tuple(tensor.shape)}, is a DTensor with placements {placements}; "
+            "expected Shard(0), and Replicate() along other mesh dimensions. Shard parameters that are cut over "
+            "tensor-parallel ranks with pyshard.fully_shard, or torch's without a shard_placement_fn."
+        )
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
+    row = math.prod(tensor.shape[1:])
+    # A rank without rows may be told any offset.
+    begin = min(offset[0] * row, tensor.numel()) if math.prod(shape) else 0
+    return begin, begin + math.prod(shape)
 
 
 def dense_stride(tensor: Tensor) -> tuple[int, ...]:

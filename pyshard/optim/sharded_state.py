@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import casts
+from ..kernels.launch import is_dtensor, local_tensor
 from ..kernels.reference import in_memory_order
 from ..placement import tensor_shard
 from . import state as states
-from .flat_shard import FlatShard, check_takes, full, take
+from .flat_shard import FlatShard, check_takes, full, take, whole_of_parts
 from .rectangles import cut_of
 
 if TYPE_CHECKING:
@@ -76,6 +77,18 @@ def gathered(optimizer: "Adam", state_dict: dict[str, Any]) -> dict[str, Any]:
     # In one order on all ranks, whatever was made or loaded first.
     for index in sorted(key for key in found if isinstance(key, int)):
         for key in sorted(found[index]):
-            if isinstance(found[index][key], FlatShard):
-                found[index][key] = full(found[index][key], group, tensor_shard(params[index]), alone)
+            found[index][key] = _full(found[index][key], params[index], group, alone)
     return {**state_dict, "state": found}
+
+
+def _full(value: Any, param: Tensor, group: Any, alone: bool) -> Any:
+    """The whole tensor of which a value is a part, from all ranks that hold others."""
+    if is_dtensor(value):
+        return value.full_tensor()
+    if not isinstance(value, FlatShard):
+        return value
+    shard = tensor_shard(param)
+    if is_dtensor(param) and shard is not None:
+        rows = states._like(param, value.local.view(local_tensor(param).shape))
+        return whole_of_parts(rows.full_tensor(), value, shard)  # type: ignore[attr-defined]
+    return full(value, group, shard, alone)

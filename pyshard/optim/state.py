@@ -18,7 +18,7 @@ from ..kernels.formats import LOW_DTYPE, LOW_KEY, Format
 from ..kernels.launch import is_dtensor, local_tensor
 from ..kernels.reference import in_memory_order
 from .flat_shard import FlatShard, check_takes, take
-from .rectangles import cut_of
+from .rectangles import cut_of, rows_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 KEYS = ("step", *MOMENTS, *LOW_DTYPE)
@@ -71,7 +71,7 @@ def check_loaded(who: str, name: str, param: Tensor, state: Mapping[str, Any]) -
             checks.check_state(who, name, param, key, state[key], None)
         elif key in state:
             try:
-                check_takes(state[key], param, 0, param.numel())
+                check_takes(state[key], param, *rows_of(param))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{who}: state {key!r} of {name}: {error}") from error
     if "exp_avg" not in state:
@@ -104,6 +104,9 @@ def unbox(param: Tensor, state: dict[str, Any], capturable: bool) -> dict[str, A
             # A copy of its own: the checkpoint must not change when training goes on.
             if cut_of(param) is None:
                 value = value.detach().to(device=param.device, dtype=dtype, copy=True)
+            elif is_dtensor(param):
+                rows = take(value, param, *rows_of(param), dtype)
+                value = _like(param, rows.view(local_tensor(param).shape))
             else:
                 value = FlatShard(take(value, param, 0, param.numel(), dtype), param, 0).as_part()
         kept[key] = value
@@ -177,9 +180,20 @@ def saved(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
 def as_whole(value: Tensor, param: Tensor) -> FlatShard:
     """A tensor of the shape of a parameter that is a part of a whole one, as a part of the whole; not copied if dense.
 
-    Counted in the order of its own memory, which need not be the parameter's.
+    Counted in the order of its own memory, which need not be the parameter's. Of a DTensor: this rank's rows of the
+    part.
     """
+    if is_dtensor(value):
+        part = torch.empty(value.shape, device="meta")
+        return FlatShard(local_tensor(value).detach().reshape(-1), part, rows_of(value)[0], cut_of(param))
     return FlatShard(in_memory_order(value.detach()), value, 0, cut_of(param))
+
+
+def put_back(shown: FlatShard, value: Tensor) -> None:
+    """Writes what was read into as_whole(value, ...) to the value, if that is a copy of it."""
+    local = local_tensor(value).detach()
+    if shown.local.numel() and shown.local.data_ptr() != local.data_ptr():
+        local.copy_(shown.local.view(local.shape) if is_dtensor(value) else shown.as_part())
 
 
 def _distance(param: Tensor, master: Tensor) -> Tensor:
