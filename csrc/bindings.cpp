@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 
 #include "comm/bindings.h"
+#include "cpu/crc32.h"
 #include "cpu/runtime.h"
 #include "cuda/bindings.h"
 #include "table.h"
@@ -118,6 +120,21 @@ void bind_cpu(py::module_& m) {
         cpu_copy(pointer<void>(src), pointer<void>(dst), size_of(bytes), threads);
       },
       py::arg("src"), py::arg("dst"), py::arg("bytes"), py::arg("threads"));
+  m.attr("crc32_kind") = crc32_kind();
+  m.def(
+      "crc32",
+      [](const py::buffer& data, uint32_t value, const std::optional<std::string>& kind) {
+        const py::buffer_info info = data.request();
+        for (ssize_t d = info.ndim - 1, step = info.itemsize; d >= 0; step *= info.shape[d--])
+          if (info.size > 0 && info.shape[d] > 1 && info.strides[d] != step)
+            throw std::invalid_argument("pyshard._C.crc32: the buffer is not contiguous");
+        const size_t n = static_cast<size_t>(info.size * info.itemsize);
+        py::gil_scoped_release release;
+        return kind ? crc32_by(kind->c_str(), info.ptr, n, value) : crc32(info.ptr, n, value);
+      },
+      py::arg("data"), py::arg("value") = 0, py::arg("kind") = py::none(),
+      "zlib.crc32 of a contiguous buffer, by the fastest kind this machine has, or by \"vpclmul\", \"pclmul\", "
+      "\"table\".");
   m.def(
       "cpu_cast",
       [](uintptr_t src, int from, uintptr_t dst, int to, int64_t n, int threads) {
