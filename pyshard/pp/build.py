@@ -117,7 +117,8 @@ def causal_lm_loss(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | Non
     config, name = getattr(model, "config", None), type(model).__name__
     if not name.endswith(("ForCausalLM", "LMHeadModel")) or not hasattr(model, "loss_function"):
         return None
-    function, size = model.loss_function, config.vocab_size  # type: ignore[union-attr]
+    function: Any = model.loss_function
+    size = config.vocab_size  # type: ignore[union-attr]
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return function(logits=logits, labels=labels, vocab_size=size)
