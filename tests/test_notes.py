@@ -3,6 +3,7 @@
 Real gloo ranks, each case in a group of its own, over torch's own collectives.
 """
 
+import json
 import os
 import pickle
 import signal
@@ -220,6 +221,25 @@ def test_old_notes_are_not_read_again() -> None:
     old, got = ranks.run(_old_notes, 2, seconds=LIMIT)[0].value
     assert "rank 1 has failed by itself in old: ArithmeticError: old" in old
     assert "rank 1 has failed by itself in new: ArithmeticError: new" in got["text"]
+
+
+def _of_a_process_before(rank: int, world: int) -> Any:
+    """torchrun has restarted the workers, and their store still has what the ones before have left."""
+    group = _group(LONG)
+    notes = Notes("test", group)
+    if rank == 1:
+        store = notes._store(1)
+        old = {"rank": 1, "kind": "failed", "operation": "old", "text": "old", "order": 1, "time": time.time() - 3600}
+        store.set("1", json.dumps(old))
+        dist.barrier()
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+    return _in(notes, "the sum", lambda: _sum(group))
+
+
+def test_notes_of_a_process_before_are_not_read() -> None:
+    got = ranks.run(_of_a_process_before, 2, seconds=LIMIT, quiet=True)[0].value
+    assert "rank 1 is lost" in got["text"], got
 
 
 def test_plain() -> None:

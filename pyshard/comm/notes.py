@@ -6,10 +6,12 @@ it tells apart a rank that died (no note, a closed connection), one that is late
 that is in another operation (its note names it), and one that failed by itself (it says why).
 
 A failure of a group is one on all its ranks, and the last one: connections over gloo do not come back. Ranks count
-failures all the same, and read only notes of their own count, so that an old note is never taken for a new one.
+failures all the same, and read only notes of their own count, so that an old note is never taken for a new one. And
+none that is older than their process: torchrun keeps a store when it restarts its workers.
 """
 
 import json
+import os
 import re
 import threading
 import time
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +49,8 @@ class _Note:
     operation: str
     text: str
     blames: int | None = None  # the rank because of which it failed, if that is another one
-    order: int = 0  # 1: the first note of this failure
+    order: int = 0  # of its arrival in the store
+    time: float = 0.0  # when it was written, in seconds since the epoch
 
 
 class Notes:
@@ -75,10 +79,10 @@ class Notes:
         reason = plain(error)
         mine = _Note(self.rank, _kind(reason), operation, reason)
         end = time.monotonic() + SECONDS
-        count = self._leave(mine, error, end)
+        self._leave(mine, error, end)
         abort(self.group)
         notes: dict[int, _Note] = {}
-        _bounded(lambda: self._read(count, notes, end), end)
+        _bounded(lambda: self._read(_failures[self.group], notes, end), end)
         notes.setdefault(self.rank, mine)  # if the store is gone
         rank, text = self._verdict(mine, notes)
         others = [notes[other] for other in self.ranks if other in notes and other not in (self.rank, rank)]
@@ -110,28 +114,28 @@ class Notes:
         c10d: Any = dist  # whose types do not tell of it
         return c10d.PrefixStore(f"pyshard/notes/{'-'.join(map(str, self.ranks))}/{count}", self.group.get_group_store())
 
-    def _leave(self, note: _Note, error: BaseException, end: float) -> int:
-        """The number of the failure. An exception that passes several layers is one failure."""
-        count = _failures.get(self.group, 0)
+    def _leave(self, note: _Note, error: BaseException, end: float) -> None:
+        """Writes a note, once for each failure: an exception may pass several layers."""
         if getattr(error, _told, None) != self.group.group_name:
-            _failures[self.group] = count = count + 1
+            count = _failures[self.group] = _failures.get(self.group, 0) + 1
             setattr(error, _told, self.group.group_name)
             _bounded(lambda: self._write(count, note), end)
-        return count
 
     def _write(self, count: int, note: _Note) -> None:
         store = self._store(count)
-        data = asdict(note) | {"order": store.add("order", 1)}
+        data = asdict(note) | {"order": store.add("order", 1), "time": time.time()}
         data |= {"operation": note.operation[:_TEXT], "text": note.text[:_TEXT]}
         store.set(str(note.rank), json.dumps(data))
 
     def _read(self, count: int, notes: dict[int, _Note], end: float) -> None:
         """Fills in notes until all are there, or one says that its rank has failed by itself, or time is up."""
-        store = self._store(count)
+        store, born = self._store(count), _born()
         while len(notes) < len(self.ranks) and time.monotonic() < end:
             for rank in self.ranks:
                 if rank not in notes and store.check([str(rank)]):
-                    notes[rank] = _Note(**json.loads(store.get(str(rank))))
+                    note = _Note(**json.loads(store.get(str(rank))))
+                    if note.time > born:
+                        notes[rank] = note
             if any(note.kind == FAILED for note in notes.values()):
                 return
             time.sleep(_POLL)
@@ -202,6 +206,13 @@ def abort(group: dist.ProcessGroup) -> None:
                     with suppress(RuntimeError):
                         nothing = torch.zeros(1, dtype=torch.uint8)
                         backend.recv([nothing], rank, _NO_SUCH_TAG).wait(timedelta(milliseconds=1))
+
+
+def _born() -> float:
+    """When this process started, in seconds since the epoch."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
 
 
 def plain(error: BaseException) -> str:
