@@ -167,4 +167,4 @@ class Run:
                 share.accumulating = backward
         self.schedule._has_backward = backward
         with torch.set_grad_enabled(backward):
-            return self.schedule.step(target=target, losses=[], return_outputs=keep_outputs, **inputs)
+            return self.schedule.step(target=target, return_outputs=keep_outputs, **inputs)
