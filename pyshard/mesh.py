@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .kernels import grad_norm
 from .kernels.launch import local_tensor
-from .optim.distributed import same_placements, shard_groups
-from .placement import tensor_shard
+from .optim.distributed import same_placements
+from .optim.levels import PIPELINE, Level, counts, find, mask_of, over_levels
 
 DIMENSIONS = ("pp", "dp", "tp")  # outermost first: tensor-parallel ranks talk most, so they are neighbours
 
@@ -74,24 +74,26 @@ def clip_grad_norm_(
     """Scales all gradients in place by min(1, max_norm / (norm + 1e-6)), norm being that of all of them on all ranks.
 
     What counts how often: of a parameter with a tensor_shard that is cut, the parts of all ranks of its group; of a
-    DTensor, the shards of all ranks; every other one, replicated or ordinary, once. With a mesh the stages along "pp"
-    add up. Along "dp" gradients are the same already and count once. A parameter that several stages share counts in
-    each.
+    DTensor, the shards of all ranks; of one that is both, the shards of all parts; every other one, replicated or
+    ordinary, once. The stages of a pipeline add up, and a weight that several of them share counts once. Along "dp"
+    gradients are the same already and count once.
 
     Sums are in double (the 2-norm's squares exact), over ranks in rank order, so that all ranks scale by the same bits.
-    All ranks of the parameters' groups and of the mesh's "pp" must call it with the same parameters; a gradient that is
-    None counts as zero.
+    All ranks of the parameters' groups must call it, and with the same parameters, those of pipeline stages excepted; a
+    gradient that is None counts as zero.
 
     Args:
         parameters: with dense gradients; each counts once, however often it is given.
         max_norm: of all gradients together.
-        mesh: from init_mesh; needed where there are pipeline stages.
+        mesh: from init_mesh; needed where a pipeline stage passes no parameters, or some that pyshard.pp has not made
+            (they have no pipeline_share): then all that are passed belong to the stage along "pp".
         norm_type: p > 0 of the p-norm, or inf for the largest element.
         error_if_nonfinite: True: a norm of inf or NaN is an error on all ranks, before anything is scaled.
     Returns:
         The norm before clipping, a 0-d fp32 tensor.
     Raises:
-        ValueError: norm_type. RuntimeError: a norm that is not finite, if asked for. TypeError: a sparse gradient.
+        ValueError: norm_type; a wrong tensor_shard. RuntimeError: a norm that is not finite, if asked for. TypeError: a
+        sparse gradient.
     """
     norm_type = float(norm_type)
     if not norm_type > 0:
@@ -123,30 +125,24 @@ def clip_grad_norm_(
 
 def _total(params: list[Tensor], mesh: DeviceMesh | None, norm_type: float, device: torch.device) -> Tensor:
     """The norm of all gradients on all ranks, a 0-d double."""
-    once: list[Tensor] = []
-    cut: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}  # by the groups whose ranks hold the parts
+    # Groups are found by parameters, not by gradients, so that all ranks take part in the same exchanges.
+    levels, stage = find("pyshard.clip_grad_norm_", params), 0
+    if mesh is not None and "pp" in (mesh.mesh_dim_names or ()) and mesh["pp"].size() > 1:
+        group = mesh.get_group("pp")
+        pipeline = Level(PIPELINE, group, tuple(dist.get_process_group_ranks(group)))
+        if pipeline not in levels:
+            levels.append(pipeline)
+        stage = 1 << levels.index(pipeline)
+    kinds: dict[int, list[Tensor]] = {}  # local gradients, by the levels over which they are cut
     for param in params:
-        groups, shard = shard_groups(param), tensor_shard(param)
-        if shard is not None:
-            # Groups are found by parameters, not by gradients, so that all ranks take part in the same exchanges.
-            cut.setdefault((shard.group,), [])
-            groups += (shard.group,) if shard.dim is not None else ()
-        kind = cut.setdefault(groups, []) if groups else once
-        if (grad := param.grad) is not None:
+        if (grad := param.grad) is not None and counts(param):
             if not same_placements(param, grad):
                 grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-            kind.append(local_tensor(grad))
-    total, sums = _powers(once, norm_type, device), []
-    for groups, parts in cut.items():
-        own = _powers(parts, norm_type, device)
-        for group in groups:
-            values = _gather(torch.stack((total, own)), group)
-            # Replicated gradients should be the same on all ranks; with the first rank's value the sum surely is.
-            total, own = values[0, 0], _combine(values[:, 1], norm_type)
-        sums.append(own)
-    total = _combine([total, *sums], norm_type)
-    if mesh is not None and "pp" in (mesh.mesh_dim_names or ()) and mesh["pp"].size() > 1:
-        total = _combine(_gather(total, mesh.get_group("pp")), norm_type)
+            kinds.setdefault(mask_of(param, levels) | stage, []).append(local_tensor(grad))
+    sums = torch.zeros(1 << len(levels), dtype=torch.float64, device=device)
+    for mask, grads in kinds.items():
+        sums[mask] = _powers(grads, norm_type, device)
+    total = over_levels(levels, sums, torch.maximum if norm_type == math.inf else torch.add)
     return total if norm_type == math.inf else total ** (1 / norm_type)
 
 
@@ -169,10 +165,3 @@ def _powers(grads: list[Tensor], norm_type: float, device: torch.device) -> Tens
         norm = torch.linalg.vector_norm(grad, norm_type, dtype=wide).to(device, torch.float64)
         powers.append(norm if norm_type == math.inf else norm**norm_type)
     return _combine(powers, norm_type)
-
-
-def _gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' values in rank order, [ranks, ...]: the same bits on all of them."""
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
-    return torch.stack(parts)

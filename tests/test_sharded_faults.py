@@ -263,7 +263,7 @@ def _train(rank: int, fault: Fault, folder: Path) -> None:
         # And what is called next tells the same, at once.
         with pytest.raises(pyshard.comm.PeerError) as again:
             opt.step()
-        assert again.value.rank == error.rank
+        assert error.rank in (None, again.value.rank)
         opt.close()
         raise
 

@@ -105,10 +105,9 @@ class DeviceLaunch(Launch):
         return rows.view(n, 8), adam_first, norm_first, steps, hypers.view(torch.float64).view(k, 8)
 
     def square_sum(self) -> Tensor:
-        """Sum of squares of the gradients in the fixed order of blocks, over all ranks: a 0-d double on the device."""
+        """Sum of squares of the gradients on this rank in the fixed order of blocks: a 0-d double on the device."""
         rows, _, norm_first, _, _ = self._parts()
-        blocks = self.table.blocks(NORM_BLOCK)
-        return self.over_ranks(_square_sum(self.kernels, rows, norm_first, blocks))
+        return _square_sum(self.kernels, rows, norm_first, self.table.blocks(NORM_BLOCK))
 
     def block_sums(self, groups: list[list[float]], sources: Sequence[int] = (0,)) -> Tensor:
         """Sums of squares of the blocks of the gradients, doubles, in the order of the active rows.
@@ -211,25 +210,22 @@ def step_on_device(optimizer: "Adam", launches: list[Launch], groups: list[list[
     grad_scale = getattr(optimizer, "grad_scale", None)
     found_inf = getattr(optimizer, "found_inf", None)
     scale: float | Tensor = 1.0 if grad_scale is None else grad_scale
+    skip = False
     if not capturable:
         if any(_capturing(launch.device) for launch in devices):
             raise RuntimeError(_CAPTURE.format(type(optimizer).__name__))
         scale, skip = optimizer._amp_scale()
         found_inf = None
-        if skip:
-            optimizer._skipped += 1
-            return
-    for launch in launches:
-        launch.gather()
-    for launch in devices:
-        launch.upload(groups)
-
-    total: Tensor | None = None
-    if options.max_grad_norm is not None or options.nonfinite != "propagate":
-        total = torch.zeros((), dtype=torch.float64, device=launches[0].device)
+    if not skip:
         for launch in launches:
-            part = launch.square_sum()  # type: ignore[attr-defined]
-            total = total + torch.as_tensor(part, dtype=torch.float64).to(total.device, non_blocking=True)
+            launch.gather()
+        for launch in devices:
+            launch.upload(groups)
+
+    total, skip = _over_ranks(optimizer, launches, skip)
+    if skip:
+        optimizer._skipped += 1
+        return
     total_on_host = math.nan
     if total is not None and (hosts or (options.nonfinite != "propagate" and not capturable)):
         total_on_host = float(total)
@@ -252,9 +248,34 @@ def step_on_device(optimizer: "Adam", launches: list[Launch], groups: list[list[
         coefficient = 1.0
         if total is not None and max_norm != math.inf:
             coefficient = clip_coefficient(math.sqrt(total_on_host) * scale, max_norm)
+        if total is not None and not devices:  # a pipeline stage without gradients, beside others on devices
+            optimizer._grad_norm = math.sqrt(total_on_host) * scale
         for host in hosts:
             host.adam(groups, scale * coefficient)
             host.scatter()
+
+
+def _over_ranks(optimizer: "Adam", launches: list[Launch], skip: bool) -> tuple[Tensor | None, bool]:
+    """The sum of squares of all gradients on all ranks, 0-d, if it is asked for; and whether a GradScaler skips.
+
+    Ranks that wait on the host anyway hear each other there (Peers.hear), others on the device alone.
+    """
+    peers, asked, device = optimizer._peers, optimizer.options.needs_norm(), launches[0].device
+    if not asked and (peers is None or peers.said):
+        return None, skip
+    parts: dict[int, Tensor] = {}  # by mask
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    for launch in launches if asked and not skip else []:
+        if launch.mask is not None:
+            part = torch.as_tensor(launch.square_sum(), dtype=torch.float64)  # type: ignore[attr-defined]
+            parts[launch.mask] = parts.get(launch.mask, zero) + part.to(device, non_blocking=True)
+    if peers is None:
+        return parts.get(0, zero), skip
+    sums = torch.stack([parts.get(mask, zero) for mask in range(1 << len(peers.levels))])
+    if not peers.said:
+        heard = peers.hear(optimizer, optimizer._present(), sums.tolist(), skip)
+        return (torch.full_like(zero, heard.square_sum) if asked else None), heard.found_inf
+    return (peers.sum_on_device(sums) if asked else None), skip
 
 
 def _lr_tensors(optimizer: "Adam", launch: DeviceLaunch) -> dict[int, Tensor]:

@@ -81,7 +81,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 class Launch:
     """Entries of one backend on one device, in the order of the parameters, spread over the same ranks."""
 
-    shards: tuple[Any, ...] = ()  # process groups over which the parameters are cut
+    mask: int | None = 0  # levels (optim/levels.py) over which the parameters are cut; None: they count elsewhere
 
     def __init__(self, backend: str, device: torch.device, entries: list[Entry], idle: list[Tensor]):
         self.backend = backend
@@ -129,16 +129,6 @@ class Launch:
             e.param_buffer.copy_(e.local)
             e.grad_buffer.copy_(local_tensor(grad))
 
-    def over_ranks(self, square_sum: Tensor) -> Tensor:
-        """The sum of a 0-d tensor over the ranks that share the parameters, in rank order: the same bits on all."""
-        for group in self.shards:
-            sums = [torch.empty_like(square_sum) for _ in range(group.size())]
-            torch.distributed.all_gather(sums, square_sum.contiguous(), group=group)
-            square_sum = sums[0]
-            for other in sums[1:]:
-                square_sum = square_sum + other
-        return square_sum
-
     def scatter(self) -> None:
         """Copies updated buffers back to their parameters, and tells autograd that all parameters have changed.
 
@@ -157,15 +147,14 @@ class HostLaunch(Launch):
     """A launch whose step counts and scalars live on the host: CPU tensors, or the reference on any device."""
 
     def square_sum(self) -> float:
-        """Sum of squares of the gradients, in the fixed order of blocks, over all ranks."""
+        """Sum of squares of the gradients on this rank, in the fixed order of blocks."""
         if self.backend == "cpu":
-            total = self.table.square_sum(torch.get_num_threads())
-        else:
-            grads = [e.grad() for e in self.active()]
-            total = float(reference.square_sum([g for g in grads if g is not None]))
-            if not math.isfinite(total) and all(bool(g.isfinite().all()) for g in grads if g is not None):
-                total = sys.float_info.max  # squares of finite fp64 gradients overflow; of other dtypes they cannot
-        return float(self.over_ranks(torch.tensor(total, dtype=torch.float64))) if self.shards else total
+            return self.table.square_sum(torch.get_num_threads())
+        grads = [e.grad() for e in self.active()]
+        total = float(reference.square_sum([g for g in grads if g is not None]))
+        if not math.isfinite(total) and all(bool(g.isfinite().all()) for g in grads if g is not None):
+            total = sys.float_info.max  # squares of finite fp64 gradients overflow; of other dtypes they cannot
+        return total
 
     def block_sums(self, groups: list[list[float]], sources: Sequence[int] = (0,)) -> Tensor:
         """Sums of squares of the blocks of the gradients, doubles, in the order of the active rows.

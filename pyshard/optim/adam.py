@@ -15,11 +15,12 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..comm import PeerError
 from ..kernels.launch import HostLaunch, Launch
 from ..kernels.reference import clip_coefficient
-from . import explain, sharded_state, state, tensor_ranks
+from . import explain, sharded_state, state
 from .arguments import Options, check_group, rate, values
 from .flat_shard import wants_full_tensors
+from .levels import SHARD, TENSOR
+from .peers import Peers, find_peers, stays_on_device
 from .plan import Plan, make_plan, named_params
-from .tensor_ranks import TensorRanks
 
 
 class Adam(Optimizer):
@@ -38,8 +39,9 @@ class Adam(Optimizer):
     Args:
         params: parameters, dicts of groups, or (name, parameter) pairs, as torch.optim takes them. fp32, bf16, fp16
             (C++ or Triton or CUDA kernels) or fp64 (the reference path); any layout without shared elements.
-            DTensors are updated through their local shards. Of parameters that are cut over a tensor-parallel group
-            (pyshard.tp) each rank updates its part; their norm and GradScaler's inf are those of the whole group.
+            DTensors are updated through their local shards, parameters that are cut over a tensor-parallel group
+            (pyshard.tp) through this rank's part, those of a pipeline on the ranks of their stage. The norm, skipped
+            steps and GradScaler's inf are those of the whole model: all ranks that hold parts of it step together.
         lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in torch.optim. lr may be a tensor.
             capturable keeps step counts, lr and the non-finite flag on the GPU: a step never waits for the device
             and can be captured in a CUDA graph.
@@ -103,18 +105,24 @@ class Adam(Optimizer):
         }
         check_group(who, defaults)
         self._reset()
+        params = params if isinstance(params, Tensor) else list(params)  # type: ignore[assignment]  # one of its kinds
+        if not isinstance(params, Tensor) and not params:
+            raise ValueError(
+                f"{who}: optimizer got an empty parameter list; expected at least one parameter. Freeze those that are "
+                "not trained by requires_grad=False instead of leaving them out. If this is a pipeline stage without "
+                "parameters, use fewer stages."
+            )
         super().__init__(params, defaults)
         if fused:
             self._step_supports_amp_scaling = True
-        self._find_tensor_ranks()
+        self._find_peers()
 
     def _reset(self) -> None:
         """Forgets all that is derived from parameters and state; the next step looks at them again."""
         self._plan: Plan | None = None
         self._checked: list[tuple[Any, ...]] = []  # hyperparameters
         self._groups: list[list[float]] = []
-        self._tensor_ranks: TensorRanks | None = getattr(self, "_tensor_ranks", None)
-        self._inf_elsewhere = False  # what another rank's GradScaler has found in this step
+        self._peers: Peers | None = getattr(self, "_peers", None)
         self._grad_norm: float | Tensor | None = None
         self._skipped = 0  # by the host; the controls count those that a device has skipped
         self._controls: dict[tuple[Any, ...], Tensor] = {}
@@ -135,7 +143,7 @@ class Adam(Optimizer):
         Raises:
             FloatingPointError: nonfinite="raise" and a gradient holds inf or NaN.
             ValueError, TypeError, RuntimeError: parameters, gradients or state that cannot be used.
-            pyshard.comm.PeerError: with tensor-parallel parameters: another rank is lost or has failed.
+            pyshard.comm.PeerError: of a model that is cut over ranks: another rank is lost or has failed.
         """
         loss = None
         if closure is not None:
@@ -154,52 +162,54 @@ class Adam(Optimizer):
         self._update()
 
     def _update(self) -> None:
-        if self._plan is None:
-            self._find_tensor_ranks()
-        ranks = self._tensor_ranks
-        if ranks is None:
-            return self._update_here()
-        self._inf_elsewhere = False
-        ranks.said = not ranks.due(self)
+        if self._plan is not None and not self._plan.refresh(self):
+            self._plan = None
+        self._with_peers(self._update_here, look=self._plan is None)
+
+    def _with_peers(self, update: Callable[[], None], look: bool) -> None:
+        """Takes a step; where it fails, those that wait for this rank hear of it. `look`: for peers, first."""
         try:
-            self._update_here()
+            if self._peers is not None:
+                self._peers.begin(self)
+            if look:
+                self._find_peers()
+                if self._peers is not None:
+                    self._peers.begin(self)
+            update()
         except BaseException as error:
-            ranks.fail(error)  # the others wait
+            if self._peers is not None:
+                self._peers.fail(error)
             raise
 
-    def _find_tensor_ranks(self) -> None:
-        """Looks which ranks hold the other parts of the parameters, and stays with those that it has found before."""
+    def _find_peers(self) -> None:
+        """Looks which ranks hold other parts of the model, and stays with those that it has found before."""
         params = [param for group in self.param_groups for param in group["params"]]
-        found = tensor_ranks.find(f"pyshard.{type(self).__name__}", params, getattr(self, "_seconds", None))
-        known = self._tensor_ranks
-        if found is None or known is None or found.ranks != known.ranks:
-            self._tensor_ranks = found
-        if found is not None:
+        found = find_peers(f"pyshard.{type(self).__name__}", params, getattr(self, "_seconds", None))
+        known = self._peers
+        if found is None or known is None or found.levels != known.levels:
+            self._peers = found
+        if found is not None and any(level.kind != SHARD for level in found.levels):
             self._step_supports_amp_scaling = True  # or GradScaler would leave out step() on some ranks only
 
     def _update_here(self) -> None:
         groups = self._hyperparameters()
-        plan, before = self._plan, None
-        if plan is None or not plan.refresh(self):
+        plan, peers, before = self._plan, self._peers, None
+        if plan is None:
             before = state.snapshot(self.state)
-            self._plan = None
             try:
                 plan = self._plan = make_plan(self)
             except BaseException:  # of memory that ran out half-way, too
                 state.restore(self.state, before)
                 raise
         try:
-            if all(type(launch) is HostLaunch for launch in plan.launches):
+            on_host = all(type(launch) is HostLaunch for launch in plan.launches)
+            if on_host and (peers is None or not stays_on_device(self)):
                 self._step_on_host(plan, groups)
             else:
                 from ..kernels.device import step_on_device
 
-                ranks = self._tensor_ranks
-                if ranks is not None and not ranks.said:
-                    found_inf = self._amp_scale()[1]
-                    self._inf_elsewhere = ranks.hear(self, self._present(), found_inf=found_inf).found_inf
-                elif ranks is not None:
-                    tensor_ranks.agree_on_device(self, ranks)
+                if peers is not None:
+                    peers.inf_on_device(self)
                 step_on_device(self, plan.launches, groups)
         except (FloatingPointError, ValueError, PeerError):  # none of which comes once anything is updated
             if before is not None:
@@ -215,16 +225,16 @@ class Adam(Optimizer):
     def _step_on_host(self, plan: Plan, groups: list[list[float]]) -> None:
         launches: list[HostLaunch] = plan.launches  # type: ignore[assignment]  # all of them are
         scale, found_inf = self._amp_scale()
-        options, ranks, whole, cut = self.options, self._tensor_ranks, 0.0, 0.0
+        options, peers = self.options, self._peers
+        sums = [0.0] * (1 if peers is None else 1 << len(peers.levels))
         if not found_inf:
             for launch in launches:
                 launch.gather()
-            if options.needs_norm():
-                whole = sum(launch.square_sum() for launch in launches if launch not in plan.cut)
-                cut = sum(launch.square_sum() for launch in launches if launch in plan.cut)
-        total = whole + cut
-        if ranks is not None and not ranks.said:
-            found_inf, total = ranks.hear(self, self._present(), whole, cut, found_inf)
+                if options.needs_norm() and launch.mask is not None:
+                    sums[launch.mask] += launch.square_sum()
+        total = sums[0]
+        if peers is not None and not peers.said:
+            found_inf, total = peers.hear(self, self._present(), sums, found_inf)
         if found_inf:
             self._skipped += 1
             return
@@ -256,7 +266,7 @@ class Adam(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-        return scale, self._inf_elsewhere or (found_inf is not None and float(found_inf) != 0.0)
+        return scale, found_inf is not None and float(found_inf) != 0.0
 
     def _hyperparameters(self) -> list[list[float]]:
         """(lr, beta1, beta2, eps, weight_decay, sign, decoupled) of each group, checked when they change."""
@@ -310,8 +320,8 @@ class Adam(Optimizer):
             check_group(f"pyshard.{type(self).__name__}", {**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._plan = None
-        if self._tensor_ranks is not None:
-            self._tensor_ranks.compared = False
+        if self._peers is not None:
+            self._peers.compared = False
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict; split weights appear as a plain fp32 `master` per parameter.
@@ -324,7 +334,7 @@ class Adam(Optimizer):
             found = super().state_dict()
         finally:
             hook.remove()
-        cut = self._tensor_ranks is not None
+        cut = self._peers is not None and self._peers.level(TENSOR) is not None
         return sharded_state.gathered(self, found) if cut and wants_full_tensors() else found
 
     def full_state_dict(self) -> dict[str, Any]:

@@ -10,15 +10,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._version import __version__
+from ..comm import PeerError
 from ..placement import tensor_shard
 
 Items = list[tuple[str, Any]]
 
+OPERATION = "comparison of settings"
 
-def describe(who: str, options: dict[str, Any], groups: list[dict[str, Any]], whole: bool = False) -> Items:
+
+def describe(
+    who: str, options: dict[str, Any], groups: list[dict[str, Any]], whole: bool = False, params: bool = True
+) -> Items:
     """(what, value) of everything that must be the same on all ranks, the most general first.
 
-    `whole`: of the parameters of which ranks hold parts, what is the same for all parts.
+    `whole`: of the parameters of which ranks hold parts, what is the same for all parts. `params`: False for ranks that
+    hold other parameters, as pipeline stages do.
     """
     items: Items = [
         ("the optimizer", who),
@@ -29,8 +35,9 @@ def describe(who: str, options: dict[str, Any], groups: list[dict[str, Any]], wh
         ("the number of parameter groups", len(groups)),
     ]
     for index, group in enumerate(groups):
-        items.append((f"the number of parameters of group {index}", len(group["params"])))
-        if group.get("param_names"):
+        if params:
+            items.append((f"the number of parameters of group {index}", len(group["params"])))
+        if params and group.get("param_names"):
             items.append((f"the parameter names of group {index}", list(group["param_names"])))
         items += [
             (f"{key} of group {index}", _plain(value))
@@ -38,7 +45,7 @@ def describe(who: str, options: dict[str, Any], groups: list[dict[str, Any]], wh
             if key not in ("params", "param_names")
         ]
     position = 0
-    for group in groups:
+    for group in groups if params else []:
         for param in group["params"]:
             kind = "trained" if param.requires_grad else "frozen"
             dtype = str(param.dtype).removeprefix("torch.")
@@ -72,10 +79,19 @@ def check(
 ) -> None:
     """Raises ValueError on all ranks, naming the first difference, if `items` are not the same on all of them.
 
-    A `problem` of this rank is raised here, and as a ValueError on the others.
+    A `problem` of this rank is raised here, and as a ValueError on the others. PeerError: a rank does not answer.
     """
     every: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(every, items if problem is None else f"{problem}", group=group)
+    try:
+        dist.all_gather_object(every, items if problem is None else f"{problem}", group=group)
+    except RuntimeError as error:
+        others = [rank for rank in ranks if rank != dist.get_rank()]
+        raise PeerError(
+            f"{who}: a rank of the group {ranks} is lost or does not answer: one of {others}, during {OPERATION} "
+            f"({str(error).splitlines()[0]}). Look at what it has said itself, then start all ranks again.",
+            others[0] if len(others) == 1 else None,
+            OPERATION,
+        ) from error
     if problem is not None:
         raise problem
     for rank, theirs in zip(ranks, every, strict=True):

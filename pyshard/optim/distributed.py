@@ -1,26 +1,22 @@
-"""DTensor parameters (FSDP2, torch's tensor parallel layers) and cut ones: what their placements mean for a step.
+"""DTensor parameters (FSDP2, torch's tensor parallel layers): what their placements mean for a step.
 
 A step updates local shards, which needs no communication. Only what concerns all gradients does: their norm, and
 whether one of them is not finite. The sums of squares travel over the mesh dimensions along which parameters are cut
-(Launch.over_ranks), so that every rank gets the same bits and takes the same decision. Replicated and plain
-parameters count once: their gradients are the same on all ranks already.
+(levels.py), so that every rank gets the same bits and takes the same decision. Replicated and plain parameters count
+once: their gradients are the same on all ranks already.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ..kernels.launch import is_dtensor
-from .rectangles import cut_of
-
-if TYPE_CHECKING:
-    from .tensor_ranks import TensorRanks
 
 
-def shard_groups(param: Tensor, tensor_ranks: "TensorRanks | None" = None) -> tuple[Any, ...]:
-    """The process groups over which the parameter's shards are spread; empty for a whole one."""
+def shard_groups(param: Tensor) -> tuple[Any, ...]:
+    """The process groups over which the shards of a DTensor are spread; empty for any other parameter."""
     if not is_dtensor(param):
-        return () if tensor_ranks is None or cut_of(param) is None else (tensor_ranks.group,)
+        return ()
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
     return tuple(mesh.get_group(i) for i in sharded)

@@ -47,8 +47,8 @@ def explain(optimizer: "Adam") -> str:
                 f"    {len(launch.copied)} of them copied to and fro each step: their elements or their gradients do "
                 "not lie in memory in the order of the moments"
             )
-    if optimizer._tensor_ranks is not None:
-        lines += optimizer._tensor_ranks.explain(optimizer)
+    if optimizer._peers is not None:
+        lines += optimizer._peers.explain(optimizer)
     norm = options.needs_norm()
     lines.append(
         f"  each step: {'a pass over the gradients for their norm, then ' if norm else ''}one pass over everything "

@@ -16,6 +16,8 @@ from ..kernels.launch import Entry, HostLaunch, Launch, local_tensor
 from ..kernels.registry import Backend, choose
 from . import distributed
 from . import state as states
+from .levels import counts
+from .peers import device_of, stays_on_device
 
 if TYPE_CHECKING:
     from .adam import Adam
@@ -40,9 +42,8 @@ def named_params(groups: list[dict[str, Any]]) -> Iterator[tuple[int, str, Tenso
 class Plan:
     """The launches of an optimizer, and whether they still fit it."""
 
-    def __init__(self, launches: list[Launch], cut: list[Launch], group_switches: list[tuple[bool, bool, bool]]):
+    def __init__(self, launches: list[Launch], group_switches: list[tuple[bool, bool, bool]]):
         self.launches = launches
-        self.cut = cut  # those on the host of parameters of which tensor-parallel ranks hold parts
         self.group_switches = group_switches
 
     def refresh(self, optimizer: "Adam") -> bool:
@@ -85,37 +86,28 @@ def make_plan(optimizer: "Adam") -> Plan:
                 "replay would make it anew. Take one step before the capture."
             )
 
+    peers = optimizer._peers
     by_launch: dict[tuple[Any, ...], list[Entry]] = {}
     for item in found:
         group = groups[item.group]
         capturable = bool(group["capturable"]) and item.backend.on_device
         entry = _entry(optimizer, item, group, capturable)
-        key = (
-            item.backend,
-            entry.local.device,
-            capturable,
-            distributed.shard_groups(item.param, optimizer._tensor_ranks),
-        )
+        mask = None if not counts(item.param) else 0 if peers is None else peers.mask(item.param)
+        key = item.backend, entry.local.device, capturable, mask
         by_launch.setdefault(key, []).append(entry)
     launches: list[Launch] = []
-    cut: list[Launch] = []
-    ranks = optimizer._tensor_ranks
     for key, entries in by_launch.items():
         launches.append(launch(optimizer, key, entries, [] if launches else idle))
-        if ranks is not None and ranks.group in key[-1]:
-            cut.append(launches[-1])
-    if all(type(one) is HostLaunch for one in launches):
-        for one in cut:
-            one.shards = ()  # the optimizer itself sums up over ranks, and hears their errors
-    if not launches:
-        launches.append(HostLaunch("cpu", torch.device("cpu"), [], idle))
+    if not launches:  # where others need to hear of this rank on a device, they do on its own
+        device = torch.device("cpu") if peers is None or not stays_on_device(optimizer) else device_of(optimizer)
+        launches.append(HostLaunch("cpu", device, [], idle))
     for each in launches:
         each.table.seal(groups, state)
-    return Plan(launches, cut, [switches(group) for group in groups])
+    return Plan(launches, [switches(group) for group in groups])
 
 
 def launch(optimizer: "Adam", key: tuple[Any, ...], entries: list[Entry], idle: list[Tensor]) -> Launch:
-    backend, device, capturable, shards = key
+    backend, device, capturable, mask = key
     made: Launch
     if backend.on_device:
         from ..kernels.device import DeviceLaunch, new_control
@@ -126,7 +118,7 @@ def launch(optimizer: "Adam", key: tuple[Any, ...], entries: list[Entry], idle: 
         made = DeviceLaunch(backend.name, device, entries, idle, capturable, control, captured)
     else:
         made = HostLaunch(backend.name, device, entries, idle)
-    made.shards = shards
+    made.mask = mask
     return made
 
 

@@ -23,12 +23,12 @@ from . import agreement, sharded_explain, sharded_state
 from .adam import Adam
 from .flat_shard import wants_full_tensors
 from .forward import Gathering
+from .peers import Disagreement, accumulating, check_group
 from .plan import named_params
 from .reducer import SLOTS, InPlace, Reducer
 from .sharded_arguments import TIMEOUT, check_arguments, check_shardable, ranks_of, tell_failure
 from .sharded_step import Kind, begin, block_order, end_of_backward, finish_rounds, hear_all, step_on_ranks
 from .shards import Generation, Shard
-from .tensor_ranks import Disagreement, check_group
 from .witness import Witness
 
 
@@ -50,7 +50,8 @@ class ShardedAdam(Adam):
             a GradScaler is in use, and before the first step, .grad of one small parameter says for it whether all are
             finite.)
         process_group: the ranks; None is the default group. With tensor-parallel parameters (pyshard.tp): those that
-            hold the same parts, mesh["dp"].get_group(); norm and skipped steps are agreed with the other ones.
+            hold the same parts, mesh["dp"].get_group(); norm and skipped steps are agreed with the other ones. The
+            same holds for the stages of a pipeline: backwards of microbatches that others follow are as in no_sync().
         transport: "shm" (CPU tensors, one host), "symm_mem" (GPUs with peer access), "collective" (gloo or NCCL, any
             hosts), or "auto"; explain() says what was chosen and why.
         bucket_mb: at most so many MB of gradients travel in one message, no more than 4 over shm and symm_mem, and
@@ -106,7 +107,7 @@ class ShardedAdam(Adam):
         self._gathering: Gathering | None = None
         self._quiet = False  # inside no_sync()
         self._built = False
-        self._block_kinds: list[Tensor] = []  # with tensor-parallel parameters: places of whole ones' and cut ones'
+        self._block_kinds: dict[int, Tensor] = {}  # places of the blocks of the parameters of each mask (levels.py)
         params = params if isinstance(params, Tensor) else list(params)  # type: ignore[assignment]  # one of its kinds
         try:
             super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **adam)
@@ -146,8 +147,8 @@ class ShardedAdam(Adam):
                     f"{who}: capturable=True; expected False, since a step waits for other ranks on the host. "
                     "Leave the argument out."
                 )
-            self._find_tensor_ranks()
-            check_group(who, self._tensor_ranks, self.ranks)
+            self._find_peers()
+            check_group(who, self._peers, self.ranks)
         except (TypeError, ValueError) as error:
             problem = error
         settings = {
@@ -163,11 +164,11 @@ class ShardedAdam(Adam):
         try:
             agreement.check(who, self.process_group, self.ranks, items, problem)
         except (TypeError, ValueError) as error:
-            if self._tensor_ranks is not None:
-                self._tensor_ranks.compare(self, error)
+            if self._peers is not None:
+                self._peers.compare(self, error)
             raise
-        if self._tensor_ranks is not None:
-            self._tensor_ranks.compare(self)
+        if self._peers is not None:
+            self._peers.compare(self)
         params = [param for group in self.param_groups[first:] for param in group["params"]]
         agreement.broadcast(params, self.process_group, self.ranks[0])
         self._index = {param: i for i, (_, _, param) in enumerate(named_params(self.param_groups))}
@@ -180,7 +181,7 @@ class ShardedAdam(Adam):
 
         def hook(param: Tensor) -> None:
             optimizer = me()
-            if optimizer is not None and not optimizer._quiet:
+            if optimizer is not None and not optimizer._quiet and not accumulating(param):
                 optimizer._on_grad(param)
 
         self._hooks[param] = param.register_post_accumulate_grad_hook(hook)
@@ -265,6 +266,8 @@ class ShardedAdam(Adam):
     @torch.no_grad()
     def _end_of_backward(self) -> None:
         self._witness.queued = False
+        if any(accumulating(param) for param in self._index):
+            return  # microbatches follow, at whose end the ranks hear each other
         self._witness.take_back("")  # of a backward before, which this one has not added to
         self._hyperparameters()
         end_of_backward(self, hear_all(self, Kind.BACKWARD))
@@ -294,16 +297,7 @@ class ShardedAdam(Adam):
     def _update(self) -> None:
         if self.world == 1:
             return super()._update()
-        ranks = self._tensor_ranks
-        if ranks is None:
-            return self._update_sharded()
-        self._inf_elsewhere = False
-        ranks.said = not ranks.due(self)
-        try:
-            self._update_sharded()
-        except BaseException as error:
-            ranks.fail(error)  # the others wait
-            raise
+        self._with_peers(self._update_sharded, look=False)
 
     def _update_sharded(self) -> None:
         self._lay_out()
@@ -329,8 +323,8 @@ class ShardedAdam(Adam):
             everywhere = (PeerError, FloatingPointError, Disagreement)
             step_on_ranks(self, self._groups, news)
         except BaseException as error:
-            if not isinstance(error, everywhere):  # the others wait
-                self.transport().abort(f"{type(error).__name__}: {error}")
+            if not isinstance(error, everywhere) or (self._peers is not None and self._peers.told_of(error)):
+                self.transport().abort(f"{type(error).__name__}: {error}")  # the others wait
             raise
 
     def _bind(self) -> None:
@@ -395,7 +389,7 @@ class ShardedAdam(Adam):
     def _saved_state(self, param: Tensor, kept: dict[str, Any]) -> dict[str, Any]:
         if self.world == 1:
             return super()._saved_state(param, kept)
-        ours = self._tensor_ranks is None or self._tensor_ranks.rank == 0
+        ours = self._peers is None or self._peers.tensor_rank == 0
         return sharded_state.saved(param, kept, self.run_of(param), ours)
 
     def _check_loaded(self, who: str, name: str, param: Tensor, loaded: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..comm.choose import CHOICES
 from ..kernels import checks
 from ..kernels.launch import is_dtensor
-from . import agreement, tensor_ranks
+from . import agreement
+from .peers import find_peers
 
 if TYPE_CHECKING:
     from .sharded import ShardedAdam
@@ -60,13 +61,13 @@ def check_shardable(who: str, name: str, param: Tensor) -> None:
 
 
 def tell_failure(who: str, optimizer: "ShardedAdam", params: Any, error: Exception) -> None:
-    """Tells the ranks that construct their optimizer, tensor-parallel ones too, that this one has failed."""
+    """Tells the ranks that construct their optimizer, its peers too, that this one has failed."""
     with suppress(type(error)):
         agreement.check(who, optimizer.process_group, optimizer.ranks, [], error)
     members: list[Any] = [] if isinstance(params, Tensor) else list(params)
     members = [one for each in members for one in (each.get("params", []) if isinstance(each, dict) else [each])]
     flat = [one[1] if isinstance(one, tuple) and len(one) == 2 else one for one in members]
     with suppress(type(error), TypeError, ValueError):
-        ranks = tensor_ranks.find(who, flat, optimizer._seconds)
-        if ranks is not None:
-            ranks.compare(optimizer, error)
+        peers = find_peers(who, flat, optimizer._seconds)
+        if peers is not None:
+            peers.compare(optimizer, error)

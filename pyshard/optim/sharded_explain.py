@@ -64,8 +64,8 @@ def explain(optimizer: "ShardedAdam") -> str:
         f"  max_grad_norm={options.max_grad_norm}, nonfinite={options.nonfinite!r}"
         + ("; one more pass over the summed gradients for their norm" if options.needs_norm() else "")
     )
-    if optimizer._tensor_ranks is not None:
-        lines += optimizer._tensor_ranks.explain(optimizer)
+    if optimizer._peers is not None:
+        lines += optimizer._peers.explain(optimizer)
     held = ", ".join(f"{kind} {size:,}" for kind, size in held_bytes(optimizer).items())
     lines.append(f"  bytes on this rank: {held}")
     return "\n".join(lines)

@@ -23,11 +23,11 @@ from ..kernels.launch import HostLaunch
 from ..kernels.norm import grad_norm
 from ..kernels.reference import NORM_BLOCK, clip_coefficient
 from . import agreement, state
-from .rectangles import cut_of
+from .levels import counts
+from .peers import Disagreement, tell_scaler
 from .reducer import InPlace
 from .sharded_plan import launch_of
 from .shards import Shard
-from .tensor_ranks import Disagreement
 
 if TYPE_CHECKING:
     from .sharded import ShardedAdam
@@ -154,7 +154,7 @@ def step_on_ranks(optimizer: "ShardedAdam", groups: list[list[float]], news: New
     optimizer._witness.watching = getattr(optimizer, "found_inf", None) is not None
     try:
         summed = finish_rounds(optimizer, news)
-        others = optimizer._tensor_ranks is not None and not optimizer._tensor_ranks.said
+        others = optimizer._peers is not None and not optimizer._peers.said
         if news.found_inf or optimizer.options.needs_norm() or scaled or others:
             _update_together(optimizer, groups, news, list(summed))
         else:
@@ -186,7 +186,7 @@ def _update_together(
     optimizer: "ShardedAdam", groups: list[list[float]], news: News, summed: list[tuple[Shard, bytes]]
 ) -> None:
     """Looks at all gradients first, and then updates all buckets or none."""
-    options, ranks, found_inf = optimizer.options, optimizer._tensor_ranks, news.found_inf
+    options, peers, found_inf = optimizer.options, optimizer._peers, news.found_inf
     if found_inf:
         summed = []
     # In one order, whatever came first: the norm's bits depend on it.
@@ -195,12 +195,14 @@ def _update_together(
     try:
         launches = [_Launched(optimizer, shard, flags) for shard, flags in summed]
         scale = news.scale / optimizer.world
-        whole, cut = (0.0, 0.0) if found_inf else _square_sums(optimizer, launches, news)
-        total = whole + cut
-        if ranks is not None and not ranks.said:
+        sums = [0.0] * (1 if peers is None else 1 << len(peers.levels))
+        if not found_inf:
+            _square_sums(optimizer, launches, news, sums)
+        total = sums[0]
+        if peers is not None and not peers.said:
             members = [p for generation in optimizer._generations for p in generation.params]
             there = [optimizer._index[p] for p, flag in zip(members, b"".join(news.present), strict=True) if flag]
-            found_inf, total = ranks.hear(optimizer, sorted(there), whole, cut, found_inf)
+            found_inf, total = peers.hear(optimizer, sorted(there), sums, found_inf)
         norm = math.sqrt(total) * scale if total >= 0.0 else math.nan
         if options.nonfinite == "raise" and not found_inf and not math.isfinite(total):
             raise FloatingPointError(optimizer._nonfinite_message([each.launch for each in launches]))
@@ -214,6 +216,7 @@ def _update_together(
     if options.needs_norm():
         optimizer._grad_norm = norm
     if not math.isfinite(total) and (options.nonfinite == "skip" or optimizer._witness.watching):
+        tell_scaler()
         optimizer._skipped += 1
         _undo(optimizer, before)
         return
@@ -281,40 +284,41 @@ class _Launched:
             target[begin:end].copy_(self.shard.arena.params[begin:end])
 
 
-def _square_sums(optimizer: "ShardedAdam", launches: list[_Launched], news: News) -> tuple[float, float]:
+def _square_sums(optimizer: "ShardedAdam", launches: list[_Launched], news: News, sums: list[float]) -> None:
     """Sums of squares of all gradients in the order of pyshard.AdamW in one process: the same bits for any cut.
 
-    Of parameters that are whole on this rank, and of those of which tensor-parallel ranks hold parts.
+    `sums` gets them by the levels over which parameters are cut.
     """
     order = optimizer._block_order(tuple(news.present))
     mine = [each.block_sums(optimizer._groups) for each in launches]
-    sums = torch.cat([m.cpu() for m in mine]) if mine else torch.empty(0, dtype=torch.float64)
+    own = torch.cat([m.cpu() for m in mine]) if mine else torch.empty(0, dtype=torch.float64)
     longest = max(len(places) for places in order)
-    payload = sums.numpy().tobytes().ljust(8 * longest, b"\0")
+    payload = own.numpy().tobytes().ljust(8 * longest, b"\0")
     heard = optimizer.transport().exchange(payload, "exchange of the gradients' norm")
     values = torch.empty(sum(len(places) for places in order), dtype=torch.float64)
     for places, one in zip(order, heard, strict=True):
         if len(places):
             values[places] = torch.frombuffer(bytearray(one), dtype=torch.float64)[: len(places)]
-    kinds = [values[places] for places in optimizer._block_kinds] or [values, values[:0]]
-    whole, cut = (float(_C.sum_blocks(kind.numpy().tobytes())) for kind in kinds)
-    return whole, cut
+    for mask, places in optimizer._block_kinds.items():
+        sums[mask] = float(_C.sum_blocks(values[places].numpy().tobytes()))
 
 
-def block_order(optimizer: "ShardedAdam", present: Sequence[bytes]) -> tuple[list[Tensor], list[Tensor]]:
+def block_order(optimizer: "ShardedAdam", present: Sequence[bytes]) -> tuple[list[Tensor], dict[int, Tensor]]:
     """For each rank, where the blocks that it sums up stand among the blocks of all parameters with a gradient.
 
-    With tensor-parallel parameters also where those of whole parameters stand, and those of cut ones; else nothing.
+    And where those stand that count on this rank, by the levels over which their parameters are cut.
     """
-    first, total = {}, 0
-    kinds: list[list[Tensor]] = [[_NO_BLOCKS], [_NO_BLOCKS]]
+    first, total, peers = {}, 0, optimizer._peers
+    kinds: dict[int, list[Tensor]] = {}
     members = zip(optimizer._generations, present, strict=True)
     active = {p for generation, flags in members for p, there in zip(generation.params, flags, strict=True) if there}
     for param in optimizer._index:
         if param in active:
             first[param] = total
             total += -(-param.numel() // NORM_BLOCK)
-            kinds[cut_of(param) is not None].append(torch.arange(first[param], total))
+            if counts(param):
+                mask = 0 if peers is None else peers.mask(param)
+                kinds.setdefault(mask, []).append(torch.arange(first[param], total))
     order = []
     for rank in range(optimizer.world):
         parts = []
@@ -328,7 +332,7 @@ def block_order(optimizer: "ShardedAdam", present: Sequence[bytes]) -> tuple[lis
                             start = first[param] + a // NORM_BLOCK
                             parts.append(torch.arange(start, start + -(-(b - a) // NORM_BLOCK)))
         order.append(torch.cat(parts) if parts else _NO_BLOCKS)
-    return order, [] if optimizer._tensor_ranks is None else [torch.cat(kind) for kind in kinds]
+    return order, {mask: torch.cat(kind) for mask, kind in kinds.items()}
 
 
 class _Publication:
