@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..comm import PeerError
 from ..comm.notes import Notes, abort
@@ -187,6 +188,7 @@ class Pipeline(nn.Module):
                 self._done()
             else:
                 logits = run(inputs, target, False, return_logits)
+                self._reshard()
             run.doing.operation = "broadcast of the losses"
             losses = None if target is None else self._losses(run.raw)
         except Exception as error:
@@ -203,6 +205,12 @@ class Pipeline(nn.Module):
             share = pipeline_share(param)
             if share is not None:
                 share.accumulating = False
+
+    def _reshard(self) -> None:
+        """Fully sharded weights are shards again, as optimizers know them: backward does that, a forward need not."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _losses(self, raw: list[Tensor]) -> Tensor:
         last = self.settings.ranks[-1]
@@ -336,6 +344,7 @@ class Pipeline(nn.Module):
                 raise
             finally:
                 blocks.stop = None
+                self._reshard()
                 dist.broadcast_object_list(found, group=self.group, group_src=source)
         else:
             dist.broadcast_object_list(found, group=self.group, group_src=source)
