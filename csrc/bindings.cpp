@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <cstring>
 #include <optional>
+#include <system_error>
 
 #include "comm/bindings.h"
 #include "cpu/crc32.h"
@@ -135,6 +137,20 @@ void bind_cpu(py::module_& m) {
       py::arg("data"), py::arg("value") = 0, py::arg("kind") = py::none(),
       "zlib.crc32 of a contiguous buffer, by the fastest kind this machine has, or by \"vpclmul\", \"pclmul\", "
       "\"table\".");
+  m.def(
+      "crc32_of_file",
+      [](int file, int64_t begin, int64_t end) {
+        try {
+          py::gil_scoped_release release;
+          return crc32_of_file(file, begin, end);
+        } catch (const std::system_error& error) {
+          errno = error.code().value();
+          PyErr_SetFromErrno(PyExc_OSError);
+          throw py::error_already_set();
+        }
+      },
+      py::arg("file"), py::arg("begin"), py::arg("end"),
+      "The checksum of the bytes [begin, end) of an open file. RuntimeError if it is shorter.");
   m.def(
       "cpu_cast",
       [](uintptr_t src, int from, uintptr_t dst, int to, int64_t n, int threads) {

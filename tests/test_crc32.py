@@ -1,6 +1,7 @@
 """The checksum of checkpoints by carry-less multiplication, against zlib's."""
 
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,3 +37,15 @@ def test_what_buffers_it_takes() -> None:
         with pytest.raises(ValueError, match="not contiguous"):
             _C.crc32(part)
     assert _C.crc32_kind in ("vpclmul", "pclmul", "table")
+
+
+def test_parts_of_a_file(tmp_path: Path, rng: np.random.Generator) -> None:
+    data = rng.bytes(700_000)
+    (tmp_path / "file").write_bytes(data)
+    with open(tmp_path / "file", "rb") as file:
+        for begin, end in ((0, 0), (0, 1), (5, 262_149), (5, 262_150), (1, 700_000)):
+            assert _C.crc32_of_file(file.fileno(), begin, end) == zlib.crc32(data[begin:end])
+        with pytest.raises(RuntimeError, match="became shorter"):
+            _C.crc32_of_file(file.fileno(), 0, 700_001)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        _C.crc32_of_file(-1, 0, 1)

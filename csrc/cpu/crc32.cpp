@@ -4,8 +4,15 @@
 // the lowest bit of a byte is the highest power of x.
 #include "crc32.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <array>
+#include <cerrno>
+#include <stdexcept>
 #include <string>
+#include <system_error>
+#include <vector>
 
 #ifdef PYSHARD_X86
 #include <immintrin.h>
@@ -134,6 +141,21 @@ uint32_t crc32(const void* data, size_t n, uint32_t value) {
 
 uint32_t crc32_by(const char* kind, const void* data, size_t n, uint32_t value) {
   return ~kind_of(kind).update(static_cast<const uint8_t*>(data), n, ~value);
+}
+
+uint32_t crc32_of_file(int file, int64_t begin, int64_t end) {
+  constexpr int64_t kBuffer = 256 << 10;  // 128 KiB to 1 MiB are equally fast
+  std::vector<uint8_t> buffer(static_cast<size_t>(std::clamp<int64_t>(end - begin, 0, kBuffer)));
+  uint32_t value = 0;
+  while (begin < end) {
+    const ssize_t n = pread(file, buffer.data(), static_cast<size_t>(std::min(end - begin, kBuffer)), begin);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) throw std::system_error(errno, std::generic_category(), "pread");
+    if (n == 0) throw std::runtime_error("the file became shorter while it was read");
+    value = crc32(buffer.data(), static_cast<size_t>(n), value);
+    begin += n;
+  }
+  return value;
 }
 
 }  // namespace pyshard

@@ -14,4 +14,8 @@ uint32_t crc32(const void* data, size_t n, uint32_t value);
 // The same by one of the kinds, for tests; one that this machine does not have is a table.
 uint32_t crc32_by(const char* kind, const void* data, size_t n, uint32_t value);
 
+// The checksum of the bytes [begin, end) of an open file, read through a buffer that stays in the cache.
+// Throws std::runtime_error if the file ends before, std::system_error if it cannot be read.
+uint32_t crc32_of_file(int file, int64_t begin, int64_t end);
+
 }  // namespace pyshard
