@@ -79,11 +79,12 @@ class Notes:
         reason = plain(error)
         mine = _Note(self.rank, _kind(reason), operation, reason)
         end = time.monotonic() + SECONDS
-        self._leave(mine, error, end)
+        left = self._leave(mine, error, end)
         abort(self.group)
         notes: dict[int, _Note] = {}
-        _bounded(lambda: self._read(_failures[self.group], notes, end), end)
-        notes.setdefault(self.rank, mine)  # if the store is gone
+        if left:  # else the store is gone
+            _bounded(lambda: self._read(_failures[self.group], notes, end), end)
+        notes.setdefault(self.rank, mine)
         rank, text = self._verdict(mine, notes)
         others = [notes[other] for other in self.ranks if other in notes and other not in (self.rank, rank)]
         words = [f"rank {note.rank} was in: {note.operation}" for note in others]
@@ -114,12 +115,13 @@ class Notes:
         c10d: Any = dist  # whose types do not tell of it
         return c10d.PrefixStore(f"pyshard/notes/{'-'.join(map(str, self.ranks))}/{count}", self.group.get_group_store())
 
-    def _leave(self, note: _Note, error: BaseException, end: float) -> None:
-        """Writes a note, once for each failure: an exception may pass several layers."""
-        if getattr(error, _told, None) != self.group.group_name:
-            count = _failures[self.group] = _failures.get(self.group, 0) + 1
-            setattr(error, _told, self.group.group_name)
-            _bounded(lambda: self._write(count, note), end)
+    def _leave(self, note: _Note, error: BaseException, end: float) -> bool:
+        """Writes a note, once for each failure: an exception may pass several layers. False if it could not."""
+        if getattr(error, _told, None) == self.group.group_name:
+            return True
+        count = _failures[self.group] = _failures.get(self.group, 0) + 1
+        setattr(error, _told, self.group.group_name)
+        return _bounded(lambda: self._write(count, note), end)
 
     def _write(self, count: int, note: _Note) -> None:
         store = self._store(count)
@@ -231,13 +233,19 @@ def _list(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def _bounded(call: Callable[[], None], end: float) -> None:
-    """Runs it in a thread of its own until a time: a store whose host is gone may not answer, or raise."""
+def _bounded(call: Callable[[], None], end: float) -> bool:
+    """Runs it in a thread of its own until a time, since a store whose host is gone may not answer, or raise.
+
+    True if it has returned.
+    """
+    done: list[bool] = []
 
     def run() -> None:
         with suppress(Exception):
             call()
+            done.append(True)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(max(0.0, end - time.monotonic()))
+    return bool(done)
