@@ -1,44 +1,73 @@
 """Reading a directory of torch.distributed.checkpoint: what is in it, and its pieces into tensors that are there."""
 
 import io
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 from torch.futures import Future
+
+from .pieces import WORTH_THREADS, Piece, spread
+
+
+class _Part(NamedTuple):
+    """What is wanted of a piece: the rectangle of the target's shape at these offsets."""
+
+    piece: MetadataIndex
+    offsets: Sequence[int]
+    target: Tensor
 
 
 class _Reader(FileSystemReader):
-    """Reads each piece of a tensor once, where torch's reads it for each part that is wanted of it."""
+    """Reads of each piece of a tensor what is wanted, where torch's reads all of it for each part that is wanted."""
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        wanted: dict[MetadataIndex, list[ReadItem]] = {}
+        parts: list[_Part] = []
         for item in plan.items:
-            wanted.setdefault(item.storage_index, []).append(item)
-        places = {index: self.storage_data[index] for index in wanted}
-        for index in sorted(wanted, key=lambda i: (places[i].relative_path, places[i].offset)):
-            with open(Path(self.path) / places[index].relative_path, "rb") as file:
-                piece = self._slice_file(file, places[index])
-                if wanted[index][0].type == LoadItemType.BYTE_IO:
-                    for item in wanted[index]:
-                        planner.load_bytes(item, io.BytesIO(piece.read()))
-                else:
-                    self._place(piece, wanted[index], planner)
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, io.BytesIO(self.read_bytes(item.storage_index)))
+            else:
+                target = planner.resolve_tensor(item).detach()
+                parts.append(_Part(item.storage_index, item.storage_offsets, target))
+        self.read_parts(parts)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _place(self, piece: Any, items: list[ReadItem], planner: LoadPlanner) -> None:
-        values = torch.load(piece, map_location="cpu", weights_only=True)
-        for item in items:
-            part = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
-            target = planner.resolve_tensor(item)
-            target.detach().copy_(values[part])
-            planner.commit_tensor(item, target)
+    def read_bytes(self, index: MetadataIndex) -> bytes:
+        place = self.storage_data[index]
+        with open(Path(self.path) / place.relative_path, "rb") as file:
+            return self._slice_file(file, place).read()
+
+    def read_parts(self, parts: list[_Part]) -> None:
+        """Fills the targets; on as many threads as torch's operations take, if there is enough to read."""
+        with ExitStack() as stack:
+            opened = {
+                name: stack.enter_context(open(Path(self.path) / name, "rb", buffering=0))
+                for name in sorted({self.storage_data[part.piece].relative_path for part in parts})
+            }
+
+            def read(part: _Part) -> None:
+                place = self.storage_data[part.piece]
+                Piece(opened[place.relative_path], place.offset, place.length).read(part.offsets, part.target)
+
+            def place(part: _Part) -> tuple[str, int]:
+                return self.storage_data[part.piece].relative_path, self.storage_data[part.piece].offset
+
+            enough = sum(part.target.nbytes for part in parts) >= WORTH_THREADS
+            spread(read, sorted(parts, key=place), torch.get_num_threads() if enough else 1)
 
 
 class Item(NamedTuple):
@@ -69,10 +98,45 @@ class Contents:
 
     def read(self, values: dict[str, Any]) -> None:
         """Fills the tensors of `values` in place with the elements that they hold, and replaces all else."""
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(values, self.metadata, False)
-        self.reader.read_data(planner.create_local_plan(), planner).wait()
+        parts: list[_Part] = []
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                stored = self.metadata.state_dict_metadata[key]
+                assert isinstance(stored, TensorStorageMetadata)
+                for offsets, memory in memory_of(key, value):
+                    parts += _overlaps(key, stored.chunks, offsets, memory)
+            else:
+                data = io.BytesIO(self.reader.read_bytes(MetadataIndex(key)))
+                values[key] = torch.load(data, weights_only=False)
+        self.reader.read_parts(parts)
 
     def below(self, *path: Any) -> dict[tuple[Any, ...], Item]:
         """All values whose path begins so, by the rest of it."""
         return {rest[len(path) :]: item for rest, item in self.items.items() if rest[: len(path)] == path}
+
+
+def memory_of(key: str, value: Tensor) -> list[tuple[Sequence[int], Tensor]]:
+    """The rectangles of a whole tensor that this rank holds: their offsets, and where they lie."""
+    chunks = getattr(value, "__create_chunk_list__", None)
+    if chunks is None:
+        return [((0,) * value.dim(), value.detach())]
+    shown: Any = value
+    return [(c.offsets, shown.__get_tensor_shard__(MetadataIndex(key, c.offsets)).detach()) for c in chunks()]
+
+
+def _overlaps(
+    key: str, chunks: Sequence[ChunkStorageMetadata], offsets: Sequence[int], memory: Tensor
+) -> Iterator[_Part]:
+    """The parts of stored pieces that belong into a rectangle at these offsets."""
+    for number, chunk in enumerate(chunks):
+        inside, target = [], memory
+        for d, size in enumerate(memory.shape):
+            begin = max(offsets[d], chunk.offsets[d])
+            end = min(offsets[d] + size, chunk.offsets[d] + chunk.sizes[d])
+            if begin >= end:
+                break
+            inside.append(begin - chunk.offsets[d])
+            if end - begin != size:
+                target = target.narrow(d, begin - offsets[d], end - begin)
+        else:
+            yield _Part(MetadataIndex(key, chunk.offsets, number), inside, target)

@@ -5,8 +5,8 @@
     path/000007-1f2e3d4c/.metadata, *.distcp, extra.pt
 
 Checksums are CRC-32 of blocks: it finds every changed byte (any burst of up to 32 bits; other damage but for one case
-in 2^32 per block) at 5.0 GB/s of one core here, where blake2b takes in 1.0 and sha256 1.6. Nothing here is secret or
-signed.
+in 2^32 per block) at 60 GB/s of one core here, 16 without AVX-512 and 7 by zlib, where blake2b takes in 1.0 and sha256
+1.6. Nothing here is secret or signed.
 """
 
 import contextlib
@@ -18,11 +18,15 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
+
+from .. import _C
+from .pieces import fill, spread
 
 FORMAT = 1
 POINTER = "latest"
@@ -31,6 +35,9 @@ EXTRA = "extra.pt"
 # Checksums are per block, so that ranks share the work on a large file and need little memory; 4 to 64 MiB are equally
 # fast.
 BLOCK = 16 << 20
+
+# zlib's own is faster than ours without carry-less multiplication.
+crc32: Callable[[Any, int], int] = zlib.crc32 if _C.crc32_kind == "table" else _C.crc32
 
 Entry = dict[str, Any]  # of a file: "bytes": its size, "crc32": of each of its blocks
 
@@ -143,7 +150,7 @@ class _Summed(io.RawIOBase):
             if used == 0:
                 self._sums.append(0)
             now, rest = rest[: BLOCK - used], rest[BLOCK - used :]
-            self._sums[-1] = zlib.crc32(now, self._sums[-1])
+            self._sums[-1] = crc32(now, self._sums[-1])
             self._size += len(now)
         return written
 
@@ -185,33 +192,46 @@ def verify(directory: Path, files: Mapping[str, Entry], block: int, rank: int, w
     """
     blocks = [(name, index) for name in sorted(files) for index in range(max(len(files[name]["crc32"]), 1))]
     mine = blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
-    buffer = bytearray(min(block, max((entry["bytes"] for entry in files.values()), default=0)))
-    for name in dict.fromkeys(name for name, _ in mine):
-        path, entry = directory / name, files[name]
-        try:
-            with open(path, "rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != entry["bytes"]:
-                    raise RuntimeError(f"{path} is damaged: it has {size} bytes; expected {entry['bytes']}")
-                for index in (index for other, index in mine if other == name):
-                    begin, end = index * block, min((index + 1) * block, size)
-                    if begin < end and _sum(file, begin, memoryview(buffer)[: end - begin]) != entry["crc32"][index]:
-                        raise RuntimeError(
-                            f"{path} is damaged: the checksum of its bytes [{begin}, {end}) does not fit them"
-                        )
-        except FileNotFoundError:
-            raise RuntimeError(f"{path} is missing") from None
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, io.FileIO] = {}
+        for name in dict.fromkeys(name for name, _ in mine):
+            path, expected = directory / name, files[name]["bytes"]
+            try:
+                opened[name] = stack.enter_context(open(path, "rb", buffering=0))
+            except FileNotFoundError:
+                raise RuntimeError(f"{path} is missing") from None
+            size = os.fstat(opened[name].fileno()).st_size
+            if size != expected:
+                raise RuntimeError(f"{path} is damaged: it has {size} bytes; expected {expected}")
+
+        def check(part: tuple[str, int]) -> None:
+            name, index = part
+            begin, end = index * block, min((index + 1) * block, files[name]["bytes"])
+            if begin < end and f"{crc32_of(opened[name], begin, end):08x}" != files[name]["crc32"][index]:
+                raise RuntimeError(
+                    f"{directory / name} is damaged: the checksum of its bytes [{begin}, {end}) does not fit them"
+                )
+
+        spread(check, mine, min(torch.get_num_threads(), len(mine)))
 
 
-def _sum(file: io.FileIO, begin: int, buffer: memoryview) -> str:
-    file.seek(begin)
-    filled = 0
-    while filled < len(buffer):
-        count = file.readinto(buffer[filled:])
-        if not count:
-            raise RuntimeError(f"{file.name!r} became shorter while it was read")
-        filled += count
-    return f"{zlib.crc32(buffer):08x}"
+def crc32_of(file: io.FileIO, begin: int, end: int) -> int:
+    """The checksum of the bytes [begin, end) of a file.
+
+    Raises:
+        RuntimeError: the file ends before.
+    """
+    try:
+        if crc32 is not zlib.crc32:
+            return _C.crc32_of_file(file.fileno(), begin, end)
+        value, buffer = 0, memoryview(bytearray(min(1 << 20, end - begin)))
+        for first in range(begin, end, len(buffer)):
+            part = buffer[: min(len(buffer), end - first)]
+            fill(file, part, first)
+            value = crc32(part, value)
+        return value
+    except OSError as error:
+        _raise(error, file.name)
 
 
 # ---- directories ----

@@ -28,7 +28,7 @@ from ..kernels.launch import local_tensor
 from ..optim.flat_shard import FlatShard
 from ..placement import pipeline_share
 from . import files, naming
-from .contents import Contents
+from .contents import Contents, memory_of
 from .loading import _find
 from .ranks import ranks_of
 from .saving import agreed_path, save_checkpoint
@@ -408,7 +408,7 @@ class _Source:
             if shape != tuple(value.shape):
                 raise ValueError(f"{name} has shape {shape} in the files; expected {tuple(value.shape)}.")
             if name in self.files and names[name] != name:  # a tied weight that is there twice
-                for offsets, part in parts_of(name, value):
+                for offsets, part in memory_of(name, value):
                     one, other = (self.read(n, offsets, part.shape) for n in (name, names[name]))
                     if not torch.equal(one, other):
                         raise ValueError(
@@ -454,24 +454,13 @@ def _sources(present: list[str], owners: dict[str, str], prefix: str, ignored: I
 def _load(source: _Source, model: nn.Module, held: dict[str, Tensor], names: dict[str, str]) -> None:
     own = naming.state_of(model)
     for name, value in held.items():
-        for offsets, part in parts_of(name, value):
+        for offsets, part in memory_of(name, value):
             if part.numel():
                 part.copy_(source.read(names[name], offsets, part.shape))
         if isinstance(value, FlatShard) and value.local.numel():
             kept = local_tensor(own[name])
             if value.local.data_ptr() != kept.data_ptr():  # not dense: it was read into a copy
                 kept.copy_(value.as_part())
-
-
-def parts_of(name: str, value: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
-    """The rectangles of the whole tensor that this rank holds, each with its memory."""
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
-    chunks = getattr(value, "__create_chunk_list__", None)
-    if chunks is None:
-        return [((0,) * value.dim(), value.detach())]
-    tensor: Any = value
-    return [(tuple(c.offsets), tensor.__get_tensor_shard__(MetadataIndex(name, c.offsets)).detach()) for c in chunks()]
 
 
 def _some(names: list[str]) -> str:
