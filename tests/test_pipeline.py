@@ -294,9 +294,7 @@ def test_all_schedules_of_torch_are_there() -> None:
     from torch.distributed.pipelining import schedules
 
     classes = {
-        value
-        for name, value in vars(schedules).items()
-        if name.startswith("Schedule") and isinstance(value, type)
+        value for name, value in vars(schedules).items() if name.startswith("Schedule") and isinstance(value, type)
     }
     assert {kind.cls for kind in SCHEDULES.values()} == classes
     assert BLOCKS == 8

@@ -94,33 +94,12 @@ class _Call:
         return getattr(self._module(), name)
 
 
-class EmptyEmbedding(nn.Module):
-    """Stands in for an embedding of another stage: zeros [..., width] for any ids, which take no memory."""
-
-    def __init__(self, width: int, dtype: torch.dtype):
-        super().__init__()
-        self.width, self.dtype = width, dtype
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros((), dtype=self.dtype, device=ids.device).expand(*ids.shape, self.width)
-
-
-class PassThrough(nn.Module):
-    """Stands in for another module before the blocks: returns its input."""
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return x
-
-
-class Absent(nn.Module):
-    """Stands in for a module after the blocks, on stages that end before it."""
+class Elsewhere(nn.Module):
+    """Stands in for a module of another stage."""
 
     def __init__(self, name: str):
         super().__init__()
         self.name = name
-
-    def forward(self, *_: Any, **__: Any) -> NoReturn:
-        raise RuntimeError(f"{self.name} is on the last stage of the pipeline, and was called on another one")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -131,6 +110,31 @@ class Absent(nn.Module):
                 "only before or only after its blocks. Name it in both places: plan=pyshard.pp.Plan(blocks, "
                 f"first=[..., {self.name!r}], last=[..., {self.name!r}])."
             ) from None
+
+
+class EmptyEmbedding(Elsewhere):
+    """Stands in for an embedding before the blocks: zeros [..., width] for any ids, which take no memory."""
+
+    def __init__(self, name: str, width: int, dtype: torch.dtype):
+        super().__init__(name)
+        self.width, self.dtype = width, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.zeros((), dtype=self.dtype, device=ids.device).expand(*ids.shape, self.width)
+
+
+class PassThrough(Elsewhere):
+    """Stands in for another module before the blocks: returns its input."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
+
+
+class Absent(Elsewhere):
+    """Stands in for a module after the blocks, on stages that end before it."""
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(f"{self.name} is on the last stage of the pipeline, and was called on another one")
 
 
 class Stage(nn.Module):
@@ -195,8 +199,8 @@ def stand_in(name: str, module: nn.Module) -> nn.Module:
     """What takes the place of a module before the blocks on stages that do not have it."""
     width, weight = getattr(module, "embedding_dim", None), getattr(module, "weight", None)
     if isinstance(width, int) and isinstance(weight, Tensor):
-        return EmptyEmbedding(width, weight.dtype)
-    return PassThrough()
+        return EmptyEmbedding(name, width, weight.dtype)
+    return PassThrough(name)
 
 
 def _with(module: nn.Module, name: str, replaced: dict[str, nn.Module]) -> nn.Module:
