@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._version import __version__
-from ..comm import PeerError
+from ..comm.notes import Notes
 from ..placement import tensor_shard
 
 Items = list[tuple[str, Any]]
@@ -85,13 +85,8 @@ def check(
     try:
         dist.all_gather_object(every, items if problem is None else f"{problem}", group=group)
     except RuntimeError as error:
-        others = [rank for rank in ranks if rank != dist.get_rank()]
-        raise PeerError(
-            f"{who}: a rank of the group {ranks} is lost or does not answer: one of {others}, during {OPERATION} "
-            f"({str(error).splitlines()[0]}). Look at what it has said itself, then start all ranks again.",
-            others[0] if len(others) == 1 else None,
-            OPERATION,
-        ) from error
+        ours = dist.group.WORLD if group is None else group
+        raise Notes(who, ours, "Nothing was changed.").error(OPERATION, error) from error  # type: ignore[arg-type]
     if problem is not None:
         raise problem
     for rank, theirs in zip(ranks, every, strict=True):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm import PeerError
+from ..comm.notes import Notes
 from ..placement import TensorShard, pipeline_share, tensor_shard
 from .distributed import shard_groups
 from .rectangles import cut_of
@@ -64,18 +64,8 @@ class Level:
             if work is not None:
                 work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
         except RuntimeError as error:
-            raise self.lost(who, error) from error
+            raise Notes(who, self.group, "Nothing was changed by this step.").error(self.operation, error) from error
         return [one.cpu().numpy().tobytes() for one in heard]
-
-    def lost(self, who: str, error: BaseException) -> PeerError:
-        others = [rank for rank in self.ranks if rank != dist.get_rank()]
-        return PeerError(
-            f"{who}: a rank of the {self} is lost or does not answer: one of {others}, during {self.operation} "
-            f"({str(error).splitlines()[0]}). Nothing was changed by this step. Look at what it has said itself, then "
-            "start all ranks again.",
-            others[0] if len(others) == 1 else None,
-            self.operation,
-        )
 
 
 def _groups_of(param: Tensor) -> list[tuple[str, dist.ProcessGroup]]:
