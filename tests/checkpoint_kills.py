@@ -1,10 +1,10 @@
 """A program for test_checkpoint_kills.py: saves that are killed at each of their calls, and what a load finds then.
 
-    LD_PRELOAD=kills.so python checkpoint_kills.py RANKS FOLDER FIRST STEP HALF
+    LD_PRELOAD=kills.so python checkpoint_kills.py RANKS FOLDER FIRST STEP HOW
 
 One process imports torch and forks all others, which takes milliseconds. In FOLDER/base there are two checkpoints and
 what a dead save has left. For call number FIRST, FIRST + STEP, ... a save is killed there on one rank (on each in
-turn); HALF: only at writes, in the middle. Prints one JSON object per line.
+turn); HOW "half": only at writes, in the middle; "background": by async_save=True. Prints one JSON object per line.
 """
 
 import ctypes
@@ -92,7 +92,8 @@ def load(root: Path) -> str:
     return digest(model, optimizer, extra)
 
 
-def main(world: int, folder: Path, first: int, step: int, half: bool) -> None:
+def main(world: int, folder: Path, first: int, step: int, how: str) -> None:
+    half = how == "half"
     torch.set_num_threads(1)
     base = folder / "base"
     model = network()
@@ -113,7 +114,10 @@ def main(world: int, folder: Path, first: int, step: int, half: bool) -> None:
             dist.init_process_group("gloo", store, timedelta(seconds=30), world, rank)
             dist.barrier()
         shim.kills_arm(os.fsencode(root), call, half, log)
-        save_checkpoint(root, model, optimizer, name="new")
+        if how == "background":
+            save_checkpoint(root, model, optimizer, async_save=True, name="new").wait()
+        else:
+            save_checkpoint(root, model, optimizer, name="new")
         return int(shim.kills_calls())
 
     def trial(victim: int, call: int, log: int = -1) -> dict[str, Any]:
@@ -143,4 +147,4 @@ def main(world: int, folder: Path, first: int, step: int, half: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "half")
+    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

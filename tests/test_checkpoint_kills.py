@@ -81,6 +81,18 @@ def test_killed_at_every_call(shim: Path, folder: Path) -> None:
 
 
 @pytest.mark.timeout(SECONDS + 60)
+def test_killed_in_the_background(shim: Path, folder: Path) -> None:
+    """The same calls in the same order, and the same checkpoints."""
+    _, *killed = run(shim, folder, 1, 1, 3, "background")
+    made = calls(folder)
+    switch = next(i for i, (name, _, to) in enumerate(made, 1) if (name, to) == ("rename", "root/latest"))
+    assert [trial["call"] for trial in killed] == list(range(1, len(made) + 1, 3)) and len(killed) > 20
+    for trial in killed:
+        assert trial["saves"] == [{"killed": 9}]
+        assert trial["loaded"] == ("previous" if trial["call"] <= switch else "new")
+
+
+@pytest.mark.timeout(SECONDS + 60)
 def test_killed_in_the_middle_of_every_write(shim: Path, folder: Path) -> None:
     _, *killed = run(shim, folder, 1, 1, 1, "half")
     writes = [i for i, (name, *_) in enumerate(calls(folder), start=1) if name == "write"]

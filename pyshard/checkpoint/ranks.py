@@ -53,7 +53,7 @@ class _Failure:
     rank: int  # global
     operation: str
     text: str
-    kind: str  # name of an error of the caller's, "lost" if the rank is, or ""
+    kind: str  # name of an error of the caller's, "lost" if the rank is, "before" if a save before this failed, or ""
 
 
 class Ranks:
@@ -182,6 +182,8 @@ class Ranks:
         rank, kind = self.ranks[self.rank], type(error)
         if kind in _OF_THE_CALLER:
             return _Failure(rank, operation, str(error), kind.__name__)
+        if isinstance(error, CheckpointError):
+            return _Failure(error.rank, error.operation, str(error), "before")
         if isinstance(error, PeerError):  # of an optimizer that waits for others
             return _Failure(rank if error.rank is None else error.rank, error.operation, str(error), "lost elsewhere")
         cause: BaseException | None = error
@@ -198,6 +200,9 @@ class Ranks:
         for kind in _OF_THE_CALLER:
             if failure.kind == kind.__name__:
                 return kind(f"{self.who}: {failure.text}{end}")
+        if failure.kind == "before":
+            text = f"{self.who}: the save in the background before this has failed: {failure.text}"
+            return CheckpointError(text + end, rank, operation)
         if failure.kind == "lost elsewhere":
             return PeerError(f"{self.who}: {failure.text}{end}", rank, operation)
         if failure.kind == "lost":
