@@ -8,6 +8,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from pp_cases import batch, build, one_process
 from reference import assert_same_bits
 from stage_parts import Stages, same_everywhere
 from test_optim_pipeline import CLIPPED, NORM
@@ -19,7 +20,8 @@ from tp_parts import BF16, F32
 
 import pyshard
 from pyshard.comm import PeerError
-from pyshard.placement import TensorShard, carry_over, set_tensor_shard
+from pyshard.placement import TensorShard, carry_over, pipeline_share, set_tensor_shard
+from pyshard.pp import causal_lm_loss, pipeline
 
 FORMS = [("dtensor", 0), ("plain", 1), ("plain", 2)]
 
@@ -213,3 +215,77 @@ def test_a_lost_rank_is_an_error_on_seven(form: str, sharded: int, seed: int) ->
             assert outcome.error is None, outcome.trace
             rank, text = outcome.value
             assert rank == 5 and "rank 5" in text, text
+
+
+# ---- models that pyshard itself has cut ----
+
+
+def _pipelined(rank: int, world: int, seed: int) -> None:
+    """A GPT-2 with tied weights over two stages and two data-parallel ranks: hooks, ties and norms together."""
+    mesh = pyshard.init_mesh(dp=2, pp=2)
+    dp = mesh.get_local_rank("dp")
+
+    def optimizer_of(pipe: Any, how: str, **options: Any) -> Any:
+        if how == "fully_shard":
+            pyshard.fully_shard(pipe, mesh["dp"], param_dtype=None)
+            return pyshard.AdamW(pipe.parameters(), **options)
+        group = mesh.get_group("dp")
+        return pyshard.ShardedAdamW(
+            pipe.parameters(), stage=int(how), process_group=group, timeout=30, bucket_mb=0.01, **options
+        )
+
+    weights = {}
+    for how in ("fully_shard", "1", "2"):
+        whole = build("gpt2", seed)
+        pipe = pipeline(build("gpt2", seed), mesh, "1f1b", 4)
+        options = {"lr": 0.01, "max_grad_norm": 0.5}
+        opt, single = optimizer_of(pipe, how, **options), pyshard.AdamW(whole.parameters(), **options)
+        for step in range(3):
+            tokens = batch(seed + step, 16, 9)
+            pipe.step(tokens.chunk(2)[dp], target=tokens.chunk(2)[dp])
+            one_process(whole, tokens, 8, causal_lm_loss(whole))
+            opt.step(), single.step()
+            opt.zero_grad(), single.zero_grad()
+            # Sums over microbatches and ranks in other orders: some units of fp32 a gradient, and of what was updated
+            # by them before.
+            torch.testing.assert_close(opt.grad_norm, single.grad_norm, rtol=1e-4, atol=0)
+            assert same_everywhere(float(opt.grad_norm))
+        weights[how] = [p.detach().clone() for p in pipe.parameters()]
+        tied = [p for p in pipe.parameters() if pipeline_share(p).tied]
+        assert len(tied) == 1
+        mine = tied[0].detach()
+        every: list[Any] = [None] * world
+        dist.all_gather_object(every, mine.to_local() if isinstance(mine, DTensor) else mine)
+        assert_same_bits(every[dp], every[dp + 2], f"{how}: the copies of the tied weight")
+        if how != "fully_shard":
+            opt.close()
+    for one, two in zip(weights["1"], weights["2"], strict=True):
+        assert_same_bits(one, two, "stages 1 and 2 of ShardedAdamW")
+    # GradScaler: an inf in one microbatch of one data-parallel rank, on the last stage.
+    for how in ("fully_shard", "1", "2"):
+        bad = [False]
+
+        def loss_fn(logits: Any, target: Any, bad: list[bool] = bad) -> Any:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+            return loss * torch.inf if bad[0] and dp == 1 else loss
+
+        pipe = pipeline(build("gpt2", seed), mesh, "1f1b", 4, loss_fn=loss_fn)
+        opt = optimizer_of(pipe, how, lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for step in range(3):
+            before = [p.to_local().clone() if isinstance(p, DTensor) else p.detach().clone() for p in pipe.parameters()]
+            tokens = batch(seed + step, 16, 9).chunk(2)[dp]
+            bad[0] = step == 1
+            pipe.step(tokens, target=tokens, scaler=scaler)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+            assert scaler.get_scale() == (128.0 if step else 256.0), (how, step)
+            after = [p.to_local() if isinstance(p, DTensor) else p for p in pipe.parameters()]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (step == 1), (how, step)
+        if how != "fully_shard":
+            opt.close()
+
+
+def test_pipelines_of_pyshard(seed: int) -> None:
+    ranks.run(_pipelined, 4, seed)
