@@ -86,6 +86,7 @@ class Notes:
             _bounded(lambda: self._read(_failures[self.group], notes, end), end)
         notes.setdefault(self.rank, mine)
         rank, text = self._verdict(mine, notes)
+        text = text.rstrip(".")
         others = [notes[other] for other in self.ranks if other in notes and other not in (self.rank, rank)]
         words = [f"rank {note.rank} was in: {note.operation}" for note in others]
         if not any(note.kind == FAILED for note in notes.values()):  # after one of those nobody was waited for
