@@ -6,6 +6,7 @@ and in every other layout.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,8 @@ def _every_layout(seed: int, root: Path, kind: str) -> None:
         if layout.optimizer != "torch":  # which rounds otherwise
             step(model, opt, grads)
             check(model, opt, after, f"{name}, a step later")
+            if layout.sizes[1] > 1 and layout.dp == "fsdp":
+                through_state_dicts(model, opt, after, name)
         save_checkpoint(root / name, model, opt, i=3)
         if hasattr(opt, "close"):
             opt.close()
@@ -223,6 +226,31 @@ def _every_layout(seed: int, root: Path, kind: str) -> None:
             check(model, opt, after, f"{other} to {name}")
         if hasattr(opt, "close"):
             opt.close()
+
+
+def through_state_dicts(model: nn.Module, opt: Any, wanted: dict[str, Tensor], what: str) -> None:
+    """Rows of tensor-parallel parts, given to the optimizer as it gives them, and as whole tensors."""
+    names = [name for name, _ in model.named_parameters()]
+    full = opt.full_state_dict()
+    for i, items in full["state"].items():
+        for key, value in items.items():
+            assert_same_bits(value, wanted[f"{names[i]}.{key}"], f"{what}: whole {key} of {names[i]}")
+    for given in (opt.state_dict(), full):
+        given = copy.deepcopy(given)
+        for items in opt.state.values():
+            for key, value in items.items():
+                if key != "step":
+                    local_tensor(value).zero_()
+        opt.load_state_dict(given)
+        names_held = {name: opt.state[param] for name, param in names_of(model).items() if opt.state.get(param)}
+        for name, items in names_held.items():
+            mine = local_of(names_of(model)[name], wanted[f"{name}.exp_avg"])
+            assert items["exp_avg"].placements == mine.placements
+            assert_same_bits(local_tensor(items["exp_avg"]), local_tensor(mine), f"{what}: {name} by load_state_dict")
+        fresh = {key: value for key, value in opt.full_state_dict()["state"].items()}
+        for i, items in fresh.items():
+            if "master" in items and "remainder" not in opt.state[list(model.parameters())[i]]:
+                assert_same_bits(items["master"], wanted[f"{names[i]}.master"], f"{what}: master of {names[i]}")
 
 
 @pytest.mark.timeout(300)
@@ -272,3 +300,153 @@ def stored(root: Path) -> tuple[dict[str, Any], list[str]]:
     values = copy.deepcopy(wanted)
     dcp.load(values, checkpoint_id=directory, no_dist=True)
     return found, values["optimizer"]["param_groups"][0]["params"]
+
+
+# ---- what does not fit together ----
+
+
+class Half(nn.Module):
+    """A stage: its parameters by the names of a whole model, said to be shared or not."""
+
+    def __init__(self, group: Any, names: Sequence[str], copies: dict[str, str], seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name in names:
+            setattr(self, name, nn.Parameter(torch.randn(3, 5, generator=generator)))
+            if group is not None:
+                share = PipelineShare(group, copies.get(name, name), counted=name not in copies)
+                set_pipeline_share(getattr(self, name), share)
+
+
+def values_of(model: nn.Module, opt: Any) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()] + [
+        value.clone() for items in opt.state.values() for value in items.values()
+    ]
+
+
+def _what_does_not_fit(rank: int, world: int, root: str) -> dict[str, str]:
+    """On 2 data-parallel ranks by 2 stages: what each error says on this rank."""
+    mesh = pyshard.init_mesh(dp=2, pp=2)
+    group, stage, dp = mesh.get_group("pp"), mesh.get_group("pp").rank(), mesh.get_group("dp").rank()
+    names, copies = (["a", "b"], {}) if stage == 0 else (["c", "d"], {"d": "a"})
+    said: dict[str, str] = {}
+
+    def build(names: Sequence[str] = names, copies: dict[str, str] = copies, pipe: Any = group, **options: Any) -> Any:
+        model = Half(pipe, names, copies)
+        opt = pyshard.AdamW(model.parameters(), **options)
+        for param in model.parameters():  # a step would find some of these mistakes itself
+            moments = {"exp_avg": torch.ones_like(param), "exp_avg_sq": torch.ones_like(param)}
+            opt.state[param] = {"step": torch.tensor(1.0), **moments}
+        return model, opt
+
+    def fails(what: str, model: nn.Module, opt: Any, load: bool = False, path: str = "good") -> None:
+        before, files = values_of(model, opt), sorted(Path(root).rglob("*"))
+        dist.barrier()
+        with pytest.raises(ValueError) as found:
+            (load_checkpoint if load else save_checkpoint)(f"{root}/{path}", model, opt)
+        for value, wanted in zip(values_of(model, opt), before, strict=True):
+            assert torch.equal(value, wanted), what
+        dist.barrier()
+        assert sorted(Path(root).rglob("*")) == files, what
+        said[what] = str(found.value)
+
+    model, opt = build()
+    save_checkpoint(f"{root}/good", model, opt)
+    load_checkpoint(f"{root}/good", model, opt)
+    one_more = [*names, "x"] if rank == 3 else names
+    fails("a name on one rank of a stage", *build(one_more))
+    fails("the same, loading", *build(one_more), load=True)
+    fails("no pipeline on one rank", *build(pipe=None if rank == 2 else group))
+    fails("trained twice", *build(copies={}, names=names if stage == 0 else ["c", "a"]))
+    fails("a copy of nothing", *build(copies={"d": "nowhere"} if stage else {}))
+    fails("another rate", *build(lr=0.5 if rank == 1 else 0.1))
+    fails("groups", model, pyshard.AdamW([{"params": [p]} for p in model.parameters()][: 2 if stage else 1]))
+    fails("another model on all ranks", *build([*names, f"x{stage}"]), load=True)
+    fails("a stage less", *build(names[:1], {}), load=True)
+    fails("a name too many", *build([*names, "x"] if stage else names), load=True)
+    model, opt = build()
+    opt.param_groups[0]["params"].pop()  # of one stage: the optimizer does not train it
+    fails("a parameter less in the optimizer", model, opt, load=True)
+    alone = nn.ParameterDict({"a": torch.zeros(3, 5), "b": torch.zeros(3, 5), "c": torch.zeros(3, 5)})
+    fails("no pipeline", alone, pyshard.AdamW(alone.parameters()), load=True)
+    assert dp in (0, 1)
+    return said
+
+
+def test_what_does_not_fit_together(tmp_path: Path) -> None:
+    """The same error on all ranks; nothing is written or changed."""
+    outcomes = run(_what_does_not_fit, 4, str(tmp_path))
+    said = outcomes[0].value
+    assert all(outcome.value == said for outcome in outcomes)
+    found = "x is in the model on rank 3 and not on rank 2; expected the same names"
+    assert found in said["a name on one rank of a stage"] and found in said["the same, loading"]
+    assert "into 2 pipeline stages on rank 0 and 1 on rank 2" in said["no pipeline on one rank"]
+    assert "a is trained on stages 0 and 1 of the pipeline" in said["trained twice"]
+    assert "stage 1 of the pipeline trains a copy of nowhere, and no stage has" in said["a copy of nothing"]
+    assert re.search(r"lr of group 0 of the optimizer is 0\.1 on rank 0 and 0\.5 on rank 1", said["another rate"])
+    assert "has 1 parameter groups on rank 0 and 2 on rank 2" in said["groups"]
+    assert re.search(r"the checkpoint has no model\.x0; expected", said["another model on all ranks"])
+    assert re.search(r"has model\.(b, model\.d|d, model\.b), which the model does not have", said["a stage less"])
+    assert "the checkpoint has no x; expected the same names" in said["a name too many"]
+    assert re.search(r"has b, which group 0 of the optimizer does not have", said["a parameter less in the optimizer"])
+    assert "model.d, which the model does not have" in said["no pipeline"]
+    model = nn.ParameterDict({name: torch.zeros(3, 5) for name in ("a", "b", "c", "d")})
+    model["d"] = model["a"]
+    load_checkpoint(tmp_path / "good", model, pyshard.AdamW({id(p): p for p in model.parameters()}.values()))
+
+
+def _some_ranks(rank: int, world: int, root: str) -> None:
+    """Models on two of three ranks: a pipeline, and DTensors."""
+    group, alone = dist.new_group([0, 2]), [dist.new_group([r]) for r in range(world)][rank]
+    mesh = dist.DeviceMesh("cpu", [0, 2])
+    if rank == 1:
+        return
+    model: nn.Module = Half(group, ["a"] if rank == 0 else ["b"], {}, seed=rank)
+    opt = pyshard.AdamW(model.parameters())
+    opt.process_group = alone  # type: ignore[attr-defined]  # data-parallel ranks: this one
+    save_checkpoint(f"{root}/pipeline", model, opt)
+    both = nn.ParameterDict({"a": torch.zeros(3, 5), "b": torch.zeros(3, 5)})
+    pyshard.fully_shard(both, mesh)
+    load_checkpoint(f"{root}/pipeline", both, None)
+    for stage, name in ((0, "a"), (2, "b")):
+        wanted = Half(None, [name], {}, seed=stage).get_parameter(name)
+        assert_same_bits(both[name].full_tensor().detach(), wanted.detach(), name)
+    save_checkpoint(f"{root}/shards", both, None, async_save=True).wait()
+    again = Half(group, ["a"] if rank == 0 else ["b"], {}, seed=7)
+    opt = pyshard.AdamW(again.parameters())
+    opt.process_group = alone  # type: ignore[attr-defined]
+    load_checkpoint(f"{root}/shards", again, None)
+    for mine, wanted in zip(again.parameters(), model.parameters(), strict=True):
+        assert_same_bits(mine.detach(), wanted.detach(), "from shards")
+
+
+def test_models_on_some_of_the_ranks(tmp_path: Path) -> None:
+    run(_some_ranks, 3, str(tmp_path), seconds=60)
+
+
+# ---- all at once ----
+
+
+def _all_at_once(rank: int, world: int, seed: int, root: str) -> None:
+    layout = Layout("fsdp", (2, 2, 2))
+    model, opt = layout.build(seed + 50, "bf16 split")
+    load_checkpoint(Path(root) / "twin", model, opt)
+    check(model, opt, torch.load(Path(root) / "before"), "twin to 2x2x2")
+    save_checkpoint(Path(root) / "2x2x2", model, opt, async_save=True).wait()
+
+
+@pytest.mark.timeout(200)
+def test_full_sharding_over_tensor_parallel_stages(seed: int, tmp_path: Path) -> None:
+    """Eight ranks: two of each kind."""
+    seed %= 2**20
+    twin = network(seed, BF16)
+    opt = pyshard.AdamW(twin.parameters(), lr=LR)
+    step(twin, opt, gradients(seed + 1, BF16))
+    save_checkpoint(tmp_path / "twin", twin, opt)
+    torch.save(before := wholes(twin, opt), tmp_path / "before")
+    run(_all_at_once, 8, seed, str(tmp_path), seconds=180)
+    assert stored(tmp_path / "2x2x2") == stored(tmp_path / "twin")
+    found = network(seed + 70, BF16)
+    again = pyshard.AdamW(found.parameters(), lr=0.3)
+    load_checkpoint(tmp_path / "2x2x2", found, again)
+    assert_same(wholes(found, again), before, "2x2x2 to one process")

@@ -55,8 +55,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
     def look() -> tuple[state.ModelLoad, state.OptimizerLoad | None, dict[str, Any]]:
         contents = Contents(directory)
         extra = torch.load(directory / files.EXTRA, map_location="cpu", weights_only=True)
-        optimizer = None if opt is None else state.OptimizerLoad(model, opt, contents, whole)
-        return state.ModelLoad(model, contents, whole), optimizer, extra
+        weights = state.ModelLoad(model, contents, whole)
+        return weights, None if opt is None else state.OptimizerLoad(model, opt, contents, whole), extra
 
     of_model, of_optimizer, extra = ranks.each("comparing it with model and optimizer", look)
     ranks.hint = "Model and optimizer are partly loaded: load a checkpoint before you use them."
