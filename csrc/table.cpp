@@ -2,6 +2,7 @@
 #include "table.h"
 
 #include <pybind11/stl.h>
+#include <structmember.h>
 
 #include <algorithm>
 #include <cstring>
@@ -11,10 +12,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "prefetch.h"
+
 namespace pyshard {
 namespace {
 
-constexpr std::ptrdiff_t kAhead = 8;  // entries between asking for their memory and looking at it
+// Entries between asking for their memory and looking at it, and between fetching their gradients, whose objects are
+// new at each step, asking for the gradients' local shards and for what lies behind these.
+constexpr std::ptrdiff_t kAhead = 8, kGrad = 6, kShard = 4, kMemory = 2;
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
@@ -23,6 +28,7 @@ struct Names {
   PyObject* grad = interned("grad");
   PyObject* local = interned("_local_tensor");
   PyObject* placements = interned("placements");
+  PyObject* spec = interned("_spec");
   PyObject* wait = interned("wait");
   PyObject* is_neg = interned("is_neg");
   PyObject* params = interned("params");
@@ -39,12 +45,75 @@ py::object attribute(PyObject* object, PyObject* name) {
   return py::reinterpret_steal<py::object>(value);
 }
 
+// Where objects of a class keep an attribute for which it has a slot: read there, it takes 2 ns instead of 30.
+class Slot {
+ public:
+  Slot(PyTypeObject* type, PyObject* name) : name_(name) {
+    PyObject* found = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name);
+    if (found == nullptr) PyErr_Clear();
+    if (found != nullptr && Py_TYPE(found) == &PyMemberDescr_Type) {
+      const auto* descriptor = reinterpret_cast<PyMemberDescrObject*>(found);
+      const int kind = descriptor->d_member->type;
+      if (kind == T_OBJECT_EX || kind == T_OBJECT) {
+        type_ = PyDescr_TYPE(descriptor);
+        offset_ = descriptor->d_member->offset;
+      }
+    }
+    Py_XDECREF(found);
+  }
+
+  py::object of(PyObject* object) const {
+    if (type_ != nullptr && PyObject_TypeCheck(object, type_)) {
+      PyObject* value = *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+      if (value != nullptr) return py::reinterpret_borrow<py::object>(value);
+    }
+    return attribute(object, name_);
+  }
+
+  // Borrowed; null if there is no slot.
+  PyObject* peek(PyObject* object) const {
+    if (type_ == nullptr || !PyObject_TypeCheck(object, type_)) return nullptr;
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+  }
+
+ private:
+  PyObject* name_;
+  PyTypeObject* type_ = nullptr;  // a class with a slot lives as long as its module; DTensor's as long as torch
+  Py_ssize_t offset_ = 0;
+};
+
+// What is known of the classes of tensors. Made with the first DTensor, as torch.distributed may not be there before.
+struct Slots {
+  explicit Slots(PyTypeObject* dtensor)
+      : local(dtensor, names().local),
+        spec(dtensor, names().spec),
+        plain(py::module_::import("torch").attr("Tensor").ptr()) {}
+  Slot local, spec;
+  PyObject* plain;  // torch.Tensor, never freed
+};
+
+const Slots& slots(PyObject* dtensor) {
+  static const Slots all(Py_TYPE(dtensor));
+  return all;
+}
+
+bool is_plain(PyObject* tensor, PyObject* dtensor) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(tensor)) == slots(dtensor).plain;
+}
+
 // The tensor whose memory is meant: of a DTensor its local shard, waited for if a collective is still filling it.
 py::object local(PyObject* tensor, bool is_dtensor) {
   if (!is_dtensor) return py::reinterpret_borrow<py::object>(tensor);
-  py::object shard = attribute(tensor, names().local);
-  if (PyObject_HasAttr(shard.ptr(), names().wait)) shard = attribute(shard.ptr(), names().wait)();
+  py::object shard = slots(tensor).local.of(tensor);
+  if (!is_plain(shard.ptr(), tensor) && PyObject_HasAttr(shard.ptr(), names().wait))
+    shard = attribute(shard.ptr(), names().wait)();
   return shard;
+}
+
+// Likewise of an item of the state of a parameter, which may be a DTensor if the parameter is one.
+py::object local_state(PyObject* tensor, PyObject* param, bool is_dtensor) {
+  if (!is_dtensor || is_plain(tensor, param)) return py::reinterpret_borrow<py::object>(tensor);
+  return local(tensor, PyObject_HasAttr(tensor, names().local));
 }
 
 void check_deltas(const char* what, const Deltas& deltas, int64_t element_size) {
@@ -57,7 +126,7 @@ void check_deltas(const char* what, const Deltas& deltas, int64_t element_size) 
 
 }  // namespace
 
-AdamTable::Known AdamTable::known(const TensorView& view, PyObject* tensor, bool with_strides) {
+AdamTable::Known AdamTable::known(const TensorView& view, bool with_strides) {
   Layout layout;
   layout.shape.assign(view.shape, view.shape + view.ndim);
   if (with_strides) layout.strides.assign(view.strides, view.strides + view.ndim);
@@ -65,7 +134,7 @@ AdamTable::Known AdamTable::known(const TensorView& view, PyObject* tensor, bool
     return other.shape == layout.shape && other.strides == layout.strides;
   });
   if (found == layouts_.end()) found = layouts_.insert(found, std::move(layout));
-  return {view.address(), &*found, view.device_type, view.device_id, view.code, view.bits, tensor, view.shape};
+  return {view.address(), &*found, view.device_type, view.device_id, view.code, view.bits};
 }
 
 // Equal in all but the address. Strides count only where a step along them is possible.
@@ -105,25 +174,28 @@ void AdamTable::add(const py::object& param, const py::dict& state, const py::tu
     Py_INCREF(key);
     PyUnicode_InternInPlace(&key);  // kept for the life of the process: there are six such keys
     const py::object tensor = state[item];
-    const py::object shard = local(tensor.ptr(), is_dtensor && PyObject_HasAttr(tensor.ptr(), names().local));
+    const py::object shard = local_state(tensor.ptr(), param.ptr(), is_dtensor);
     const TensorView view = view_of(shard.ptr());
     pointers.back() = view.address();
-    entry.held.at(entry.held_count++) = {key, tensor.ptr(), known(view, tensor.ptr())};
+    entry.held.at(entry.held_count++) = {key, tensor.ptr(), known(view)};
     add_output(view);
   }
   const py::object shard = local(param.ptr(), is_dtensor);
   const TensorView weight = view_of(shard.ptr());
   add_output(weight);
   entry.param = param.ptr();
-  entry.weight = known(weight, shard.ptr());
+  entry.weight = known(weight);
   entry.copied = !param_buffer.is_none();
   if (entry.copied) {
-    entry.grad = known(view_of(grad_buffer.ptr()), grad_buffer.ptr(), false);
+    entry.grad = known(view_of(grad_buffer.ptr()), false);
   } else {
     entry.grad = entry.weight;
     if (grad_is_fp32) entry.grad.bits = 32, entry.grad.code = 2;  // kDLFloat
   }
-  if (is_dtensor) entry.placements = attribute(param.ptr(), names().placements);
+  if (is_dtensor) {
+    entry.placements = attribute(param.ptr(), names().placements);
+    entry.spec = slots(param.ptr()).spec.of(param.ptr());
+  }
   const auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
   entry.row = {pointer(entry.copied ? view_of(param_buffer.ptr()).address() : weight.address()),
                pointer(pointers.at(1)),
@@ -173,7 +245,9 @@ void AdamTable::seal(const py::list& param_groups, const py::dict& state) {
   for (size_t i = 0; i < entries_.size(); ++i) {
     entries_[i].position = positions.at(entries_[i].param);
     order.emplace(entries_[i].position, i);
-    if (!take_grad(entries_[i], false)) throw std::runtime_error("pyshard: a gradient changed while it was checked");
+    const py::object grad = attribute(entries_[i].param, names().grad);
+    if (!take_grad(entries_[i], grad, false))
+      throw std::runtime_error("pyshard: a gradient changed while it was checked");
   }
   for (const auto& item : order) by_position_.push_back(item.second);
   collect();
@@ -200,19 +274,23 @@ bool AdamTable::unchanged(const Entry& entry, PyObject* state) const {
     const Held& held = entry.held[i];
     PyObject* value = PyDict_GetItemWithError(state, held.key);  // borrowed
     if (value == nullptr || value != held.object) return false;  // another tensor: Python looks at it
-    const py::object tensor = local(value, entry.is_dtensor && PyObject_HasAttr(value, names().local));
+    const py::object tensor = local_state(value, entry.param, entry.is_dtensor);
     const TensorView view = view_of(tensor.ptr());
     if (view.address() != held.known.address || !same(view, held.known)) return false;
   }
   return true;
 }
 
-bool AdamTable::take_grad(Entry& entry, bool sealed) {
-  const py::object grad = attribute(entry.param, names().grad);
+bool AdamTable::take_grad(Entry& entry, const py::object& grad, bool sealed) {
   entry.active = !grad.is_none();
   if (!entry.active) return true;
-  if (entry.is_dtensor && !entry.copied && !attribute(grad.ptr(), names().placements).equal(entry.placements))
-    return false;
+  if (entry.is_dtensor && !entry.copied) {
+    const py::object spec = slots(entry.param).spec.of(grad.ptr());
+    if (!spec.is(entry.spec)) {  // FSDP2 gives gradients the parameter's own
+      if (!attribute(spec.ptr(), names().placements).equal(entry.placements)) return false;
+      entry.spec = spec;
+    }
+  }
   const py::object shard = local(grad.ptr(), entry.is_dtensor);
   const TensorView view = view_of(shard.ptr());
   const auto address = reinterpret_cast<const void*>(view.address());
@@ -227,21 +305,23 @@ bool AdamTable::take_grad(Entry& entry, bool sealed) {
   if (entry.copied && entry.is_dtensor) return true;  // of any placement; Python brings it into the parameter's
   if (!same(view, entry.grad)) return false;
   if (!entry.copied) entry.row.grad = address;
-  entry.grad.object = shard.ptr();
-  entry.grad.sizes = view.shape;
   return true;
 }
 
-// Asks for the lines of an entry's tensors some entries before they are looked at: a step, or the rest of a training
-// loop, has pushed them out of the caches, and each would be waited for in turn.
-void AdamTable::prefetch(const Entry& entry) {
-  const auto ask = [](const Known& known) {
-    __builtin_prefetch(known.object);
-    for (const int offset : {-64, 0, 64}) __builtin_prefetch(static_cast<const char*>(known.sizes) + offset);
+void AdamTable::find_lines(Entry& entry, PyObject* state) {
+  const auto add = [&](const char* line) { entry.lines.push_back(line); };
+  const auto add_all = [&](PyObject* tensor, bool is_param) {
+    const bool is_dtensor = entry.is_dtensor && (is_param || !is_plain(tensor, entry.param));
+    TensorLines::each(tensor, is_dtensor, is_param, add);
+    if (is_dtensor) TensorLines::each(local_state(tensor, entry.param, true).ptr(), false, false, add);
   };
-  ask(entry.weight);
-  ask(entry.grad);
-  for (size_t i = 0; i < entry.held_count; ++i) ask(entry.held[i].known);
+  entry.lines.clear();
+  add_all(entry.param, true);
+  for (int i = 0; i < 2; ++i) add(reinterpret_cast<char*>(state) + i * TensorLines::kLine);
+  const auto* keys = reinterpret_cast<char*>(reinterpret_cast<PyDictObject*>(state)->ma_keys);
+  for (int i = 0; i < 3; ++i) add(keys + i * TensorLines::kLine);
+  for (size_t i = 0; i < entry.held_count; ++i) add_all(entry.held[i].object, false);
+  add(reinterpret_cast<const char*>(entry.step));
 }
 
 bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
@@ -251,16 +331,42 @@ bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
       if (!attribute(param, names().grad).is_none()) return false;
     PyObject *key, *value;
     Py_ssize_t at = 0, position = 0;
-    auto next = by_position_.begin();
-    for (; next != by_position_.end() && PyDict_Next(state.ptr(), &at, &key, &value); ++position) {
-      Entry& entry = entries_[*next];
+    const auto count = static_cast<std::ptrdiff_t>(by_position_.size());
+    std::array<py::object, kGrad> grads;
+    const auto entry_at = [&](std::ptrdiff_t i) -> Entry& { return entries_[by_position_[static_cast<size_t>(i)]]; };
+    const auto grad_at = [&](std::ptrdiff_t i) -> py::object& { return grads[static_cast<size_t>(i % kGrad)]; };
+    std::ptrdiff_t next = -kAhead;
+    // What comes `ahead` entries after `next` gets a little nearer: see kAhead.
+    const auto look_ahead = [&] {
+      const auto in = [&](std::ptrdiff_t i) { return i >= 0 && i < count; };
+      const auto shard_at = [&](std::ptrdiff_t i) -> PyObject* {  // that has the gradient's memory; or null
+        PyObject* grad = in(i) ? grad_at(i).ptr() : Py_None;
+        if (grad == Py_None) return nullptr;
+        return entry_at(i).is_dtensor ? slots(entry_at(i).param).local.peek(grad) : grad;
+      };
+      if (in(next + kAhead))
+        for (const char* line : entry_at(next + kAhead).lines) TensorLines::ask(line);
+      if (const auto i = next + kGrad - 1; in(i)) {
+        grad_at(i) = attribute(entry_at(i).param, names().grad);
+        TensorLines::ask(reinterpret_cast<const char*>(grad_at(i).ptr()));
+        TensorLines::ask(reinterpret_cast<const char*>(grad_at(i).ptr()) + TensorLines::kLine);
+      }
+      if (PyObject* shard = shard_at(next + kShard)) TensorLines::ask(reinterpret_cast<const char*>(shard));
+      if (PyObject* shard = shard_at(next + kMemory)) TensorLines::ask_impl(shard);
+      if (PyObject* shard = shard_at(next + kMemory - 1)) TensorLines::ask_storage(shard);
+    };
+    for (; next < 0; ++next) look_ahead();
+    for (; next < count && PyDict_Next(state.ptr(), &at, &key, &value); ++position) {
+      Entry& entry = entry_at(next);
       if (position < entry.position) continue;
-      if (by_position_.end() - next > kAhead) prefetch(entries_[next[kAhead]]);
+      look_ahead();
       if (key != entry.param || !PyDict_Check(value)) return false;
-      if (!unchanged(entry, value) || !take_grad(entry, true)) return false;
+      const py::object grad = std::move(grad_at(next));
+      if (!unchanged(entry, value) || !take_grad(entry, grad, true)) return false;
+      if (entry.lines.empty()) find_lines(entry, value);
       ++next;
     }
-    if (next != by_position_.end()) return false;
+    if (next != count) return false;
   } catch (py::error_already_set&) {
     return false;  // Python checks again, and says what is wrong
   }
@@ -285,9 +391,17 @@ py::list AdamTable::active() const {
   return result;
 }
 
-py::list AdamTable::params() const {
+py::list AdamTable::changed() const {
   py::list result;
-  for (const size_t i : active_) result.append(py::handle(entries_[i].param));
+  for (const size_t i : active_) {
+    const Entry& entry = entries_[i];
+    result.append(py::handle(entry.param));
+    TensorLines::ask_version(entry.param);
+    if (!entry.is_dtensor) continue;
+    const py::object shard = local(entry.param, true);
+    TensorLines::ask_version(shard.ptr());
+    result.append(shard);
+  }
   return result;
 }
 
@@ -416,7 +530,7 @@ void bind_table(py::module_& m) {
       .def("seal", &AdamTable::seal)
       .def("refresh", &AdamTable::refresh)
       .def("active", &AdamTable::active)
-      .def("params", &AdamTable::params)
+      .def("changed", &AdamTable::changed)
       .def("count", &AdamTable::count)
       .def("hypers_count", &AdamTable::hypers_count)
       .def("prepare", &AdamTable::prepare)

@@ -39,8 +39,8 @@ class AdamTable {
   // True if everything still holds; afterwards the rows point to the current gradients.
   bool refresh(const py::list& param_groups, const py::dict& state);
 
-  py::list active() const;  // indices (in order of add) of the entries that have a gradient
-  py::list params() const;  // their parameters
+  py::list active() const;   // indices (in order of add) of the entries that have a gradient
+  py::list changed() const;  // the tensors that a step writes for autograd to know: parameters, and their local shards
   int64_t count() const { return static_cast<int64_t>(rows_.size()); }
   int64_t hypers_count() const { return static_cast<int64_t>(hypers_.size()); }
 
@@ -79,8 +79,6 @@ class AdamTable {
     const Layout* layout;
     int32_t device_type, device_id;
     uint8_t code, bits;
-    const void* object;  // where the tensor lay, and its sizes: never read, only prefetched
-    const void* sizes;
   };
   struct Held {
     PyObject* key;     // interned, never freed
@@ -97,15 +95,17 @@ class AdamTable {
     Known weight, grad;  // of a copied entry: not the buffers, but what they are filled from
     std::array<Held, 5> held;
     size_t held_count;
-    py::object placements;  // of a DTensor's gradient
+    py::object placements;           // of a DTensor's gradient
+    py::object spec;                 // its last one, which has these placements
+    std::vector<const char*> lines;  // memory that a look at it touches, but for the gradient's: only prefetched
   };
 
-  Known known(const TensorView& view, PyObject* tensor, bool with_strides = true);
+  Known known(const TensorView& view, bool with_strides = true);
   static bool same(const TensorView& view, const Known& known);
-  static void prefetch(const Entry& entry);
+  static void find_lines(Entry& entry, PyObject* state);
   bool same_groups(const py::list& param_groups) const;
   bool unchanged(const Entry& entry, PyObject* state) const;
-  bool take_grad(Entry& entry, bool sealed);
+  bool take_grad(Entry& entry, const py::object& grad, bool sealed);
   void add_output(const TensorView& view);
   bool overlaps_output(const TensorView& view) const;
   void collect();

@@ -89,7 +89,6 @@ class Launch:
         self.entries = entries
         self.idle = idle  # kept for the table, which holds on to nothing
         self.copied = [e for e in entries if e.param_buffer is not None]
-        self.has_dtensors = any(e.is_dtensor() for e in entries)
         self.table = _C.AdamTable()
         for e in entries:
             self.table.add(
@@ -137,10 +136,7 @@ class Launch:
         for e in self.copied:
             if e.param.grad is not None and e.param_buffer is not None:
                 e.local.copy_(e.param_buffer)
-        changed = self.table.params()
-        if self.has_dtensors:
-            changed += [local_tensor(param) for param in changed if is_dtensor(param)]
-        torch.autograd.graph.increment_version(changed)
+        torch.autograd.graph.increment_version(self.table.changed())
 
 
 class HostLaunch(Launch):
