@@ -1,6 +1,7 @@
 """The command line of train_gpt.py: every flag, and every check that can fail before training starts."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -27,6 +28,12 @@ RESUME = (
     "go on from this checkpoint, saved by any number of ranks. With the same number the losses are those of an "
     "uninterrupted run, bit for bit. Runs of torch go on from it, too"
 )
+# Their product is the number of ranks; -1: what the others leave.
+LAYOUT = {
+    "dp": "cut the batch over N ranks (data parallel), and the optimizer's state; default: what the others leave",
+    "tp": "cut the layers over N ranks (tensor parallel); default: 1",
+    "pp": "cut the model into N stages of layers (pipeline parallel); default: 1",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,15 +46,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options, checked: `text` is loaded, `dtype` a torch dtype, `start` the step to begin with, `saved` what the
-    checkpoint says of its run (or None), and `config` what a run must share with the one that it resumes.
+    """The options, checked: `dp`, `tp` and `pp` make up the ranks, `cut` says whether ranks hold parts of the weights,
+    `text` is loaded, `dtype` a torch dtype, `start` the step to begin with, `saved` what the checkpoint says of its run
+    (or None), and `config` what a run must share with the one that it resumes.
 
     All ranks call it together. Bad input ends the process with one line and exit code 2.
     """
     parser = _Parser(
         description="Trains a byte-level GPT with pyshard and, beside it, from the same weights and on the same "
         "batches, with torch: with AdamW in one process, and under torchrun with ShardedAdamW on several ranks beside "
-        "DistributedDataParallel and ZeroRedundancyOptimizer. Prints a table and a sample of text, and draws a PNG.",
+        "DistributedDataParallel and ZeroRedundancyOptimizer, or with the model cut over ranks. Prints a table and a "
+        "sample of text, and draws a PNG.",
     )
     flag = parser.add_argument
     flag(
@@ -60,13 +69,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     flag("--steps", type=int, default=STEPS, metavar="N", help="length of the training; default: %(default)s")
     flag("--stop-at", type=int, metavar="N", help="end early, after step N of --steps, as if interrupted")
     flag("--seed", type=int, default=0, metavar="N", help="seed of weights, batches and sample; default: 0")
-    flag(
-        "--tp",
-        type=int,
-        default=1,
-        metavar="N",
-        help="cut the layers over groups of N ranks (tensor parallel), and the batch over the groups; default: 1",
-    )
+    for name, does in LAYOUT.items():
+        flag(f"--{name}", type=int, metavar="N", help=does)
+    flag("--full-shard", action="store_true", help="cut weights and gradients over the --dp ranks, too (FSDP2)")
     flag("--save", type=Path, metavar="PATH", help=SAVE)
     flag("--resume", type=Path, metavar="PATH", help=RESUME)
     flag("--no-compare", action="store_true", help="leave out all runs but the one that is saved")
@@ -88,14 +93,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.tp < 1 or WORLD % options.tp:
-        raise ValueError(f"--tp is {options.tp}, expected a number that divides the {WORLD} ranks")
-    sharers = WORLD // options.tp
-    if BATCH % sharers:
-        raise ValueError(
-            f"{sharers} ranks, expected a number that divides the batch of {BATCH} sequences; give torchrun "
-            "--nproc-per-node 2"
-        )
+    _check_layout(options)
     if options.steps <= 0:
         raise ValueError(f"--steps is {options.steps}, expected at least 1")
     if options.stop_at is None:
@@ -122,11 +120,51 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--text {options.text}: {error.strerror}; expected a file to read") from error
 
 
+def _check_layout(options: argparse.Namespace) -> None:
+    """Settles dp, tp and pp."""
+    given = {name: getattr(options, name) for name in LAYOUT}
+    said = " ".join(f"--{name} {size}" for name, size in given.items() if size is not None)
+    open_ones = [name for name, size in given.items() if size == -1]
+    if any(size is not None and size < 1 and size != -1 for size in given.values()) or len(open_ones) > 1:
+        raise ValueError(f"{said}: expected numbers of at least 1, or one of them -1 for what the others leave")
+    if not open_ones and options.dp is None:
+        open_ones = ["dp"]
+    sizes = {name: 1 if size is None or name in open_ones else size for name, size in given.items()}
+    known = math.prod(sizes.values())
+    if open_ones and WORLD % known == 0:
+        sizes[open_ones[0]] = WORLD // known
+    if math.prod(sizes.values()) != WORLD:
+        wanted = f"{'a number that divides' if open_ones else 'the product to be'} {WORLD}, the number of ranks"
+        raise ValueError(f"{said}: expected {wanted}; give torchrun --nproc-per-node {known}, or other sizes")
+    options.dp, options.tp, options.pp = (sizes[name] for name in LAYOUT)
+    options.cut = options.full_shard or options.tp * options.pp > 1
+    if BATCH % options.dp:
+        raise ValueError(
+            f"{options.dp} ranks, expected a number that divides the batch of {BATCH} sequences; give torchrun "
+            "--nproc-per-node 2"
+        )
+    for name, what in (("tp", "heads"), ("pp", "layers")):
+        if sizes[name] > MODEL[what]:
+            raise ValueError(f"--{name} is {sizes[name]}, expected at most {MODEL[what]}: the model has so many {what}")
+    if options.pp > BATCH // options.dp:
+        raise ValueError(
+            f"--pp is {options.pp} and --dp {options.dp}, expected at most {BATCH // options.dp} stages: each of the "
+            f"{options.dp} pipelines has so many of the {BATCH} sequences of a batch to keep its stages at work"
+        )
+    if options.full_shard and options.dp == 1:
+        raise ValueError("--full-shard with --dp 1, expected at least 2 ranks to cut weights over; leave it out")
+
+
 def _check_resume(options: argparse.Namespace) -> None:
     """Reads the checkpoint, settles the dtype, and compares the settings of both runs. The same on all ranks."""
     options.saved, options.start = None, 0
     if options.resume is not None:
         options.saved = _saved(options.resume)
+        if options.cut and options.resume.is_file():
+            raise ValueError(
+                f"--resume {options.resume}: a file, which one process has saved; expected a directory, where ranks "
+                "hold parts of the model; resume it on several ranks without --tp, --pp, --full-shard, and save there"
+            )
         options.start = options.saved["step"]
     name = options.dtype or (options.saved["config"]["dtype"] if options.saved else _default_dtype())
     options.dtype = DTYPES[name]

@@ -24,7 +24,7 @@ Part = tuple[str, str, list[float]]  # label, colour, one value per run
 
 def draw(runs: list[Run], options: Namespace) -> None:
     """Writes the picture of the runs, side by side, to `options.out`."""
-    count = sum(p.numel() for p in runs[0].model.parameters())
+    count = sum(p.numel() for p in runs[0].whole.parameters())
     records = [run.record for run in runs]
     times: list[Part] = [
         ("forward and backward", SHADES[1], [median(r.compute) for r in records]),

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 import torch
+import torch.distributed as dist
 from gpt import GPT
 from group import FIRST, RANK, WORLD, gather
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 
 from pyshard import ShardedAdamW
 from pyshard.optim.sharded_explain import held_bytes
-from pyshard.tp import full_state_dict
+from pyshard.placement import tensor_shard
 
 MEAN_OVER = 50  # steps in the training loss of the table: the loss of one batch alone is too noisy to compare
 KINDS = ("weights", "gradients", "slots", "moments", "master weights")
@@ -38,12 +40,13 @@ class Record:
 class Run:
     """One training run by one way to train: `build` gives the network to call and the optimizer, for a model.
 
-    With `alone` the first rank trains on whole batches, with the threads of all ranks; else each on its part, which
-    `tp` ranks that hold the model together share.
+    With `alone` the first rank trains on whole batches, with the threads of all ranks; else each on its part. `part`:
+    index and number of them, where ranks hold the model together.
     """
 
-    model: GPT
+    model: nn.Module  # what holds the weights on this rank: a GPT, or the stages of a pipeline
     network: nn.Module  # the model, or a wrapper of torch around it
+    whole: GPT  # has the final weights of all ranks, after gather()
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
 
@@ -53,14 +56,15 @@ class Run:
         title: tuple[str, str],
         build: Callable[[GPT], tuple[nn.Module, torch.optim.Optimizer]],
         alone: bool = False,
-        tp: int = 1,
+        part: tuple[int, int] | None = None,
     ) -> None:
         self.name = name
         self.title = title
         self.build = build
         self.alone = alone
         self.here = FIRST or not alone
-        self.part = (0, 1) if alone else (RANK // tp, WORLD // tp)
+        self.shared = part is not None
+        self.part = (0, 1) if alone else part or (RANK, WORLD)
         self.threads = torch.get_num_threads() * (WORLD if alone else 1)
         self.record = Record()
         self.validation_loss = math.nan
@@ -89,11 +93,13 @@ class Run:
         """
         if self.here:
             self.record.memory = self.memory()
-            self.record.weights = [digest(full_state_dict(self.model).values())]
+            weights = self.model.state_dict() if not self.shared else whole_weights(self.model)
+            self.whole.load_state_dict(weights)
+            self.record.weights = [digest(weights.values())]
         records = [record for record in gather(self.record if self.here else None) if record]
-        weights = [digest for record in records for digest in record.weights]
-        if len(set(weights)) > 1:
-            raise RuntimeError(f"{self.label}: ranks ended with different weights {weights}; expected the same bits")
+        digests = [digest for record in records for digest in record.weights]
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"{self.label}: ranks ended with different weights {digests}; expected the same bits")
         steps = list(zip(*(zip(r.compute, r.update, strict=True) for r in records), strict=True))
         slowest = [max(times, key=sum) for times in steps]
         self.record = Record(
@@ -101,12 +107,12 @@ class Run:
             [compute for compute, _ in slowest],
             [update for _, update in slowest],
             max((r.memory for r in records), key=lambda memory: sum(memory.values())),
-            weights,
+            digests,
         )
 
     @torch.no_grad()
     def validate(self, tokens: Tensor, targets: Tensor) -> None:
-        self.validation_loss = self.model.loss(tokens, targets).item()
+        self.validation_loss = self.whole.loss(tokens, targets).item()
 
     def memory(self) -> dict[str, int]:
         """Bytes by kind of the tensors that model and optimizer hold on this rank.
@@ -115,7 +121,7 @@ class Run:
         in which gradients travel to the ranks that own them; what a rank maps of another's is counted there.
         """
         optimizer = self.optimizer
-        weights = list(self.model.parameters())
+        weights = list(self.model.parameters())  # of a pipeline: of this rank's stages
         optimized = [p for group in optimizer.param_groups for p in group["params"]]
         masters: list[Tensor] = [p for p in optimized if all(p is not w for w in weights)]
         gradients = [p.grad for p in weights + masters if p.grad is not None]
@@ -133,7 +139,35 @@ class Run:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Of a DTensor, what this rank has of it."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+@torch.no_grad()
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the whole model out of the parts that all ranks hold; all of them call it.
+
+    Raises:
+        RuntimeError: two ranks have other bits of the same weight.
+    """
+    mine: dict[str, Tensor] = {}
+    for name, param in model.state_dict(keep_vars=True).items():
+        weight = param.full_tensor() if isinstance(param, DTensor) else param.detach()
+        cut = tensor_shard(param)
+        if cut is not None and cut.dim is not None:
+            parts: list[Tensor] = [weight] * len(cut.pieces)
+            dist.all_gather_object(parts, weight, group=cut.group)
+            weight = weight.new_empty(cut.shape)
+            for rank, part in enumerate(parts):
+                cut.place(part, weight, rank)
+        mine[name] = weight
+    whole: dict[str, Tensor] = {}
+    for theirs in gather(mine):  # stages have others; ranks of the same stage, and of a tied weight, the same
+        for name, weight in theirs.items():
+            if not torch.equal(whole.setdefault(name, weight), weight):
+                raise RuntimeError(f"ranks ended with different weights {name}; expected the same bits")
+    return dict(sorted(whole.items()))
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

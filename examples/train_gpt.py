@@ -5,8 +5,9 @@
 
 The loop in `train` is an ordinary torch loop. In one process pyshard changes the import of AdamW in it. On several
 ranks each one trains on its part of each batch, ShardedAdamW averages the gradients and keeps one part of the
-optimizer's state on each: no wrapper around the model. baseline.py is what torch needs for the same. With --tp 2 the
-layers of the model are cut over ranks instead (ways.py says how), or as well, where there are more ranks than that.
+optimizer's state on each: no wrapper around the model. baseline.py is what torch needs for the same. --tp, --pp and
+--full-shard cut the model itself over ranks (ways.py says how), in any combination; of a pipeline the loop calls step()
+where it calls forward and backward of another model.
 """
 
 import json
@@ -26,7 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from ways import ways
 
-from pyshard import ShardedAdamW
+from pyshard import ShardedAdamW, pp
 
 WARM_UP = 40  # steps
 SPIN = 0.01  # seconds: a thread that has nothing more to do was seen to keep a core busy for up to 0.008
@@ -46,8 +47,11 @@ def schedule(step: int, steps: int) -> float:
 def prepare(run: Run, options: Namespace) -> None:
     """Model, optimizer and scheduler of a run, as new or as a checkpoint has them; all ranks call it."""
     torch.manual_seed(options.seed)
-    run.model = GPT(**MODEL).to(options.dtype)
-    run.network, run.optimizer = run.build(run.model)
+    run.whole = model = GPT(**MODEL).to(options.dtype)
+    run.network, run.optimizer = run.build(model)
+    run.model = run.network if isinstance(run.network, pp.Pipeline) else model
+    if run.shared:
+        run.whole = GPT(**MODEL).to(options.dtype)
     run.scheduler = LambdaLR(run.optimizer, lambda step: schedule(step, options.steps))
     if options.resume:
         load(options.resume, options.saved, run)
@@ -60,8 +64,11 @@ def train(run: Run, options: Namespace) -> Iterator[None]:
         inputs, targets = options.text.batch(options.seed, step, BATCH, *run.part)
         begin = time.perf_counter()
         optimizer.zero_grad()
-        loss = cross_entropy(network(inputs), targets)
-        loss.backward()
+        if isinstance(network, pp.Pipeline):
+            loss = network.step(inputs, target=targets).loss
+        else:
+            loss = cross_entropy(network(inputs), targets)
+            loss.backward()
         middle = time.perf_counter()
         optimizer.step()
         end = time.perf_counter()
@@ -89,12 +96,11 @@ def take_turns(runs: list[Run], options: Namespace) -> None:
 
 
 def finish(runs: list[Run], options: Namespace) -> str:
-    """Validates all runs, and samples text from the last one; all ranks do, since some hold a model together."""
+    """Validates all runs, and samples text from the last one, by their whole weights."""
     for run in runs:
-        if run.here:
-            torch.set_num_threads(run.threads)
-            run.validate(*options.text.validation_batch(size=64))
-    return runs[-1].model.generate(b"The ", length=options.sample, seed=options.seed)
+        torch.set_num_threads(run.threads)
+        run.validate(*options.text.validation_batch(size=64))
+    return runs[-1].whole.generate(b"The ", length=options.sample, seed=options.seed)
 
 
 def show(runs: list[Run], sample: str, options: Namespace) -> None:
@@ -103,6 +109,8 @@ def show(runs: list[Run], sample: str, options: Namespace) -> None:
     ours = runs[-1]
     if isinstance(ours.optimizer, ShardedAdamW):
         print(EXPLANATION.format(ours.optimizer.transport().name, ours.optimizer.transport().why))
+    if isinstance(ours.network, pp.Pipeline):
+        print(f"\nThe pipeline: {ours.network.explain()}")
     print(f"\nA sample of the model that {ours.label} trained:\n")
     print(sample)
     if options.record:
@@ -122,9 +130,9 @@ def main() -> None:
     if options.save:
         save(options.save, runs[-1], config=options.config, step=options.stop_at)
         print(f"\nCheckpoint: {options.save}")
-    sample = finish(runs, options)
     if group.FIRST:
-        show(runs, sample, options)
+        show(runs, finish(runs, options), options)
+    group.wait()
     group.leave()
 
 

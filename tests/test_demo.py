@@ -14,6 +14,7 @@ from pathlib import Path
 
 import demo_runs
 import pytest
+import ranks
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -138,13 +139,18 @@ class TwoRanks(Story):
     cut: Outcome  # tensor parallel, and stopped
     cut_resumed: Outcome  # tensor parallel, from the checkpoint of the data-parallel run
     uncut: Outcome  # data parallel, from the checkpoint of the tensor-parallel run
+    stages: Outcome  # a pipeline, stopped
+    stages_resumed: Outcome  # a pipeline, from the checkpoint of the tensor-parallel run
+    full: Outcome  # fully sharded, stopped
+    full_resumed: Outcome  # fully sharded, from the checkpoint of the pipeline
     refused: Outcome
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, flags: list[str], story: Story) -> TwoRanks:
     whole = demo(folder / "whole 2", *flags, "--dtype", "fp32", launcher=TORCHRUN)
-    names = ("stopped 2", "resumed 2", "from file", "cut", "cut resumed", "uncut", "refused")
+    names = ("stopped 2", "resumed 2", "from file", "cut", "cut resumed", "uncut")
+    names += ("stages", "stages resumed", "full", "full resumed", "refused")
     folders = [folder / name for name in names]
     more = [
         ["--dtype", "fp32", "--stop-at", str(STOP), "--no-compare"],
@@ -153,6 +159,10 @@ def two(folder: Path, flags: list[str], story: Story) -> TwoRanks:
         ["--tp", "2", "--dtype", "fp32", "--stop-at", str(STOP)],
         ["--tp", "2", "--resume", str(folders[0] / "checkpoint"), "--no-compare"],
         ["--resume", str(folders[3] / "checkpoint"), "--no-compare"],
+        ["--pp", "2", "--stop-at", str(STOP), "--no-compare"],
+        ["--pp", "2", "--resume", str(folders[3] / "checkpoint"), "--no-compare"],
+        ["--full-shard", "--stop-at", str(STOP), "--no-compare"],
+        ["--full-shard", "--resume", str(folders[6] / "checkpoint"), "--no-compare"],
         ["--steps", "0"],
     ]
     runs = [[*files(f), *flags, *own] for f, own in zip(folders, more, strict=True)]
@@ -160,7 +170,7 @@ def two(folder: Path, flags: list[str], story: Story) -> TwoRanks:
     assert code == 0, err
     results = json.loads((folder / "runs.json").read_text())
     outcomes = [outcome(f, **result) for f, result in zip(folders, results, strict=True)]
-    assert [o.code for o in outcomes] == [0, 0, 0, 0, 0, 0, 2], [o.err for o in outcomes]
+    assert [o.code for o in outcomes] == [0] * 10 + [2], [o.err for o in outcomes]
     return TwoRanks("fp32", flags, whole, *outcomes)
 
 
@@ -301,18 +311,66 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_process(story: Story, two: T
 
 def test_layers_cut_over_two_ranks_have_the_losses_of_one_process(two: TwoRanks) -> None:
     losses, whole = two.cut.losses, two.whole.losses["torch"]
-    assert list(losses) == ["torch", "tp"]
+    assert list(losses) == ["torch", "pyshard"]
     assert losses["torch"] == whole[:STOP]
-    assert largest_gap(losses["tp"], whole[:STOP]) <= BOUND["fp32"]
-    assert two.cut.weights["tp"][0] == two.cut.weights["tp"][1]
+    assert largest_gap(losses["pyshard"], whole[:STOP]) <= BOUND["fp32"]
+    assert two.cut.weights["pyshard"][0] == two.cut.weights["pyshard"][1]
     uncut, half = cells(two.cut.out, "weights")
     assert 0.5 < half / uncut < 0.52  # all but embedding and norms is cut
 
 
 def test_checkpoints_go_from_data_to_tensor_parallel_and_back(two: TwoRanks) -> None:
     whole = two.whole.losses["stage2"]
-    assert largest_gap(two.cut_resumed.losses["tp"], whole[STOP:]) <= BOUND["fp32"]
+    assert largest_gap(two.cut_resumed.losses["pyshard"], whole[STOP:]) <= BOUND["fp32"]
     assert largest_gap(two.uncut.losses["stage2"], whole[STOP:]) <= BOUND["fp32"]
+
+
+def test_a_pipeline_of_two_ranks_has_the_losses_of_one_process(two: TwoRanks) -> None:
+    whole = two.whole.losses["torch"]
+    assert largest_gap(two.stages.losses["pyshard"], whole[:STOP]) <= BOUND["fp32"]
+    assert "stage 1 on rank 1: blocks 2 to 3" in two.stages.out
+    (weights,), (held,) = cells(two.stages.out, "weights"), cells(two.stages.out, "bytes held per rank")
+    embedding, block, norm = 256 * 256, 12 * 256**2 + 2 * 256, 256
+    assert weights == 4 * (embedding + 2 * block + norm)  # of the last stage, which holds most
+    assert held == pytest.approx(4 * weights, rel=1e-4)  # with gradients and moments, and a step count per tensor
+
+
+def test_fully_sharded_ranks_have_the_losses_of_one_process(two: TwoRanks) -> None:
+    whole = two.whole.losses["torch"]
+    assert largest_gap(two.full.losses["pyshard"], whole[:STOP]) <= BOUND["fp32"]
+    assert 2 * cells(two.full.out, "weights")[0] == cells(two.whole.out, "weights")[0]  # all sizes are even
+    assert 2 * cells(two.full.out, "gradients")[0] == cells(two.whole.out, "gradients")[0]
+
+
+def test_checkpoints_go_from_tensor_parallel_to_a_pipeline_and_from_there_to_full_sharding(two: TwoRanks) -> None:
+    whole = two.whole.losses["stage2"]
+    assert largest_gap(two.stages_resumed.losses["pyshard"], whole[STOP:]) <= BOUND["fp32"]
+    assert largest_gap(two.full_resumed.losses["pyshard"], whole[STOP:]) <= BOUND["fp32"]
+
+
+def on_ranks(world: int, folder: Path, *flags: str) -> Outcome:
+    """The demo on so many ranks; what the first one said. All end with code 0, and the others say nothing."""
+    told = [o.value[0] for o in ranks.run(demo_runs.on_ranks, world, [[*files(folder), *flags]], seconds=200)]
+    result = outcome(folder, **told[0])
+    assert [rank["code"] for rank in told] == [0] * world, result.err
+    assert [rank["out"] for rank in told[1:]] == [""] * (world - 1)
+    return result
+
+
+def test_four_and_eight_ranks_in_all_dimensions_have_the_losses_of_one_process(two: TwoRanks, folder: Path) -> None:
+    """The eight go on from where the four have stopped."""
+    whole = two.whole.losses["torch"]
+    flags = [*two.flags, "--no-compare"]
+    four = on_ranks(4, folder / "four", *flags, "--dp", "2", "--pp", "-1", "--stop-at", str(STOP))
+    assert largest_gap(four.losses["pyshard"], whole[:STOP]) <= BOUND["fp32"]
+    assert re.search(r"^ +dp 2, pp 2\n +ShardedAdamW$", four.out, flags=re.MULTILINE)
+    layout = ["--dp", "2", "--tp", "2", "--pp", "2", "--full-shard"]
+    eight = on_ranks(8, folder / "eight", *flags, *layout, "--resume", four.checkpoint)
+    assert largest_gap(eight.losses["pyshard"], whole[STOP:]) <= BOUND["fp32"]
+    assert re.search(r"^ +dp 2, tp 2, pp 2\n +fully_shard$", eight.out, flags=re.MULTILINE)
+    embedding, matrices, norms = 256 * 256, 12 * 256**2, 2 * 256
+    # Of the last stage: half of its two blocks' matrices, and of all that half.
+    assert cells(eight.out, "weights") == [4 * (embedding + 2 * (matrices / 2 + norms) + 256) / 2]
 
 
 def test_the_table_holds_bytes_per_rank(two: TwoRanks) -> None:
@@ -369,7 +427,12 @@ def test_bad_input_on_two_ranks_is_one_line_and_code_2(two: TwoRanks) -> None:
         (["--steps", "5", "--stop-at", "6"], "--stop-at is 6, expected 1 to 5"),
         (["--steps", "5", "--stop-at", "0"], "--stop-at is 0, expected 1 to 5"),
         (["--seed", "-1"], "--seed is -1, expected 0 to"),
-        (["--tp", "2"], "--tp is 2, expected a number that divides the 1 ranks"),
+        (
+            ["--tp", "2"],
+            "--tp 2: expected a number that divides 1, the number of ranks; give torchrun --nproc-per-node 2",
+        ),
+        (["--dp", "2", "--pp", "2"], "--dp 2 --pp 2: expected the product to be 1, the number of ranks"),
+        (["--full-shard"], "--full-shard with --dp 1, expected at least 2 ranks to cut weights over"),
         (["--sample", "-1"], "--sample is -1, expected at least 0"),
         (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),
         (["--text", "{tmp}/missing.txt"], "--text {tmp}/missing.txt: No such file or directory"),
@@ -406,6 +469,30 @@ def test_ranks_must_divide_the_batch(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(__import__("options"), "WORLD", 3)
     error = refusal([], capsys)
     assert "3 ranks, expected a number that divides the batch of 4 sequences" in error
+
+
+@pytest.mark.parametrize(
+    ("world", "line", "message"),
+    [
+        (8, "--dp 3", "--dp 3: expected the product to be 8, the number of ranks"),
+        (8, "--tp 3", "--tp 3: expected a number that divides 8, the number of ranks"),
+        (8, "--dp 2 --tp 3 --pp -1", "--dp 2 --tp 3 --pp -1: expected a number that divides 8"),
+        (8, "--tp -1 --pp -1", "--tp -1 --pp -1: expected numbers of at least 1, or one of them -1"),
+        (8, "--tp 0", "--tp 0: expected numbers of at least 1"),
+        (8, "--tp 8", "--tp is 8, expected at most 4: the model has so many heads"),
+        (8, "--pp 8", "--pp is 8, expected at most 4: the model has so many layers"),
+        (8, "--dp 2 --pp 4", "--pp is 4 and --dp 2, expected at most 2 stages"),
+        (2, "--tp 2 --full-shard", "--full-shard with --dp 1, expected at least 2 ranks"),
+        (2, "--pp 2 --resume FILE", "a file, which one process has saved; expected a directory"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_named(
+    world: int, line: str, message: str, story: Story, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(__import__("options"), "WORLD", world)
+    flags = [story.stopped.checkpoint if flag == "FILE" else flag for flag in line.split()]
+    assert message in refusal(flags, capsys)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
