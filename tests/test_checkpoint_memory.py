@@ -53,7 +53,7 @@ def grown_by_load(rank: int, world: int, path: str, seed: int) -> tuple[int, int
     pyshard.load_checkpoint(path, model, opt)
     grown = counter("VmHWM") - before
     size = 0
-    for param, items in opt.state.items():
+    for items in opt.state.values():
         for value in (items["exp_avg"], items["exp_avg_sq"]):
             local = value.to_local() if world > 1 else value
             size += local.nbytes
