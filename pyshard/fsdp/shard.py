@@ -64,7 +64,7 @@ def fully_shard(
             and for a pipeline, whose stages run many times a step.
         cpu_offload: parameters, gradients and optimizer state live in host memory, and pyshard.AdamW steps there; or a
             torch.distributed.fsdp.CPUOffloadPolicy.
-        ignored_params: stay as they are; nobody sums their gradients.
+        ignored_params: stay as they are; nobody sums their gradients. So do parameters without elements.
 
     Raises:
         ValueError, TypeError: on all ranks, before anything is changed: no such unit, a mesh of another kind, a model
@@ -75,7 +75,8 @@ def fully_shard(
     stages = _stages(model)
     if reshard_after_forward is None and stages is not None:
         reshard_after_forward = False
-    ignored = set(ignored_params)
+    # FSDP2 cannot reduce a gradient without elements, and there is nothing to cut.
+    ignored = {*ignored_params, *(param for param in model.parameters() if not param.numel())}
     error: Exception | None = None
     plans: list[tuple[nn.Module, list[tuple[str, nn.Module]]]] = []
     try:
