@@ -215,6 +215,58 @@ def errors(mesh: DeviceMesh, seed: int) -> None:
         pyshard.AdamW([partial]).step()
 
 
+@check
+def ranks_hear_each_other(mesh: DeviceMesh, seed: int) -> None:
+    """Settings are compared at the first step; where a norm is asked for, an error of one rank is one of both."""
+    rank = mesh.get_rank()
+    for options, match in (
+        ({"lr": 0.1 + rank}, "lr of group 0 is"),
+        ({"max_grad_norm": 1.0 + rank}, "argument options"),
+    ):
+        params = [nn.Parameter(p) for p in sharded(mesh, tensors(seed, F32))]
+        optimizer = pyshard.AdamW(params, **options)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        assert not optimizer.state
+    for options in ({"max_grad_norm": 1.0}, {"nonfinite": "skip", "backend": "triton"}):
+        a, b = twins(mesh, seed, F32, **options)
+        for step in range(2):
+            set_grads(mesh, a, b, seed + step, F32)
+            a.step(), b.step()
+        set_grads(mesh, a, b, seed, F32)
+        if rank == 1:
+            a.param_groups[0]["eps"] = -1.0
+        with pytest.raises(ValueError if rank == 1 else pyshard.comm.PeerError, match=r"eps.*-1") as caught:
+            a.step()
+        if rank == 0:
+            assert caught.value.rank == 1
+            assert caught.value.operation == "agreement of the shard group in step()"
+        assert_same_values(a, b)
+        a.param_groups[0]["eps"] = b.param_groups[0]["eps"]
+        a.step(), b.step()  # and it goes on
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-6, atol=0)
+        assert "DTensors over ranks [0, 1]: 5 parameters are sharded" in a.explain()
+
+
+@check
+def nothing_is_exchanged_that_nothing_asks_for(mesh: DeviceMesh, seed: int) -> None:
+    """After the first step, a rank may step alone."""
+    a, b = twins(mesh, seed, F32)
+    set_grads(mesh, a, b, seed, F32)
+    a.step(), b.step()
+    set_grads(mesh, a, b, seed, F32)
+    if mesh.get_rank() == 0:
+        a.step()
+    dist.barrier()
+    if mesh.get_rank() == 1:
+        a.step()
+    b.step()
+    assert_same_values(a, b)
+    assert "no message in a step" in a.explain()
+
+
 # ---- FSDP2 and distributed checkpoints ----
 
 

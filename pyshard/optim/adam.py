@@ -20,7 +20,7 @@ from .arguments import Options, check_group, rate, values
 from .flat_shard import wants_full_tensors
 from .levels import SHARD, TENSOR
 from .peers import Peers, find_peers, stays_on_device
-from .plan import Plan, make_plan, named_params
+from .plan import Plan, make_plan, named_params, some
 
 
 class Adam(Optimizer):
@@ -105,14 +105,7 @@ class Adam(Optimizer):
         }
         check_group(who, defaults)
         self._reset()
-        params = params if isinstance(params, Tensor) else list(params)  # type: ignore[assignment]  # one of its kinds
-        if not isinstance(params, Tensor) and not params:
-            raise ValueError(
-                f"{who}: optimizer got an empty parameter list; expected at least one parameter. Freeze those that are "
-                "not trained by requires_grad=False instead of leaving them out. If this is a pipeline stage without "
-                "parameters, use fewer stages."
-            )
-        super().__init__(params, defaults)
+        super().__init__(some(who, params), defaults)
         if fused:
             self._step_supports_amp_scaling = True
         self._find_peers()
@@ -185,8 +178,7 @@ class Adam(Optimizer):
         """Looks which ranks hold other parts of the model, and stays with those that it has found before."""
         params = [param for group in self.param_groups for param in group["params"]]
         found = find_peers(f"pyshard.{type(self).__name__}", params, getattr(self, "_seconds", None))
-        known = self._peers
-        if found is None or known is None or found.levels != known.levels:
+        if found is None or self._peers is None or found.levels != self._peers.levels:
             self._peers = found
         if found is not None and any(level.kind != SHARD for level in found.levels):
             self._step_supports_amp_scaling = True  # or GradScaler would leave out step() on some ranks only
@@ -334,7 +326,7 @@ class Adam(Optimizer):
             found = super().state_dict()
         finally:
             hook.remove()
-        cut = self._peers is not None and self._peers.level(TENSOR) is not None
+        cut = self._peers is not None and self._peers.level(TENSOR)
         return sharded_state.gathered(self, found) if cut and wants_full_tensors() else found
 
     def full_state_dict(self) -> dict[str, Any]:

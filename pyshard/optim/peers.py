@@ -135,8 +135,8 @@ class Peers:
     def _pass(
         self, level: Level, head: bytes, sums: Sequence[float], error: BaseException | None = None
     ) -> tuple[list[tuple[Any, ...]], list[tuple[float, ...]]]:
+        width = max(_SUMS, 1 << len(self.levels) - self.told)  # the same on all ranks of a level
         self.told += 1
-        width = max(_SUMS, len(sums), 1 << len(self.levels))
         values = struct.pack(f"<{width}d", *sums, *[0.0] * (width - len(sums)))
         heard = level.exchange(self.who, head + values, self.seconds)
         heads = [_HEAD.unpack_from(one) for one in heard]

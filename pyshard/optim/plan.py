@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from ..kernels import checks
 from ..kernels.formats import LOW_KEY, Format, format_of, kind_of
@@ -37,6 +38,20 @@ def named_params(groups: list[dict[str, Any]]) -> Iterator[tuple[int, str, Tenso
         for position, param in enumerate(group["params"]):
             yield group_index, f"parameter {index}" + (f" ({names[position]})" if names else ""), param
             index += 1
+
+
+def some(who: str, params: ParamsT) -> ParamsT:
+    """What an optimizer is made of, as a list. Raises ValueError if there is nothing."""
+    if isinstance(params, Tensor):
+        return params  # torch says that it is not a list
+    listed: Any = list(params)  # one of its kinds
+    if not listed:
+        raise ValueError(
+            f"{who}: optimizer got an empty parameter list; expected at least one parameter. Freeze those that are not "
+            "trained by requires_grad=False instead of leaving them out. If this is a pipeline stage without "
+            "parameters, use fewer stages."
+        )
+    return listed
 
 
 class Plan:
