@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pyshard.comm import PeerError
+from pyshard.comm import PeerError, notes
 from pyshard.comm.notes import Notes, abort, plain
 from tests import ranks
 
@@ -25,21 +25,23 @@ LATE = 0.3  # seconds by which the failing rank is behind the others, which wait
 
 
 def _group(seconds: float) -> Any:
+    if seconds == LONG:
+        notes.SECONDS = 10.0  # none of these cases waits for it, and the machine may be busy
     group = dist.new_group(timeout=timedelta(seconds=seconds))
     dist.all_reduce(torch.ones(8), group=group)
     return group
 
 
-def _in(notes: Notes, operation: str, call: Any) -> dict[str, Any]:
+def _in(our_notes: Notes, operation: str, call: Any) -> dict[str, Any]:
     """What a rank has raised in a collective, told with notes."""
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as raised:
         call()
-    error = notes.error(operation, raised.value)
+    error = our_notes.error(operation, raised.value)
     assert type(error) is PeerError
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.rank, again.operation) == (str(error), error.rank, error.operation)
-    assert notes.error("another operation", error) is error
+    assert our_notes.error("another operation", error) is error
     return {"text": str(error), "rank": error.rank, "operation": error.operation, "after": time.monotonic() - begin}
 
 
@@ -93,11 +95,11 @@ def test_late(world: int) -> None:
 
 def _other_operation(rank: int, world: int) -> Any:
     group = _group(SHORT)
-    notes = Notes("test", group)
+    our_notes = Notes("test", group)
     if rank == 1:
         parts = [torch.ones(8) for _ in range(world)]
-        return _in(notes, "the all-gather", lambda: dist.all_gather(parts, torch.ones(8), group=group))
-    return _in(notes, "the sum", lambda: _sum(group))
+        return _in(our_notes, "the all-gather", lambda: dist.all_gather(parts, torch.ones(8), group=group))
+    return _in(our_notes, "the sum", lambda: _sum(group))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -112,15 +114,15 @@ def test_other_operation(world: int) -> None:
 
 def _fails(rank: int, world: int) -> Any:
     group = _group(LONG)
-    notes = Notes("test", group)
+    our_notes = Notes("test", group)
     if rank == 1:
         time.sleep(LATE)
-        notes.leave("forward of block 3", ArithmeticError("the loss is NaN"))
+        our_notes.leave("forward of block 3", ArithmeticError("the loss is NaN"))
         abort(group)
         time.sleep(LATE)
         abort(group)  # harmless
         return None
-    return _in(notes, "the sum", lambda: _sum(group))
+    return _in(our_notes, "the sum", lambda: _sum(group))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -203,18 +205,18 @@ def test_a_store_that_died_with_its_rank_is_no_second_error(tmp_path: Any) -> No
 def _old_notes(rank: int, world: int) -> Any:
     """Two failures of one group: the second one has notes of its own. And one error told twice is one failure."""
     group = _group(LONG)
-    notes = Notes("test", group)
+    our_notes = Notes("test", group)
     if rank == 1:
         error = ArithmeticError("old")
-        notes.leave("old", error)
-        notes.leave("old, further out", error)
+        our_notes.leave("old", error)
+        our_notes.leave("old, further out", error)
         dist.barrier()
-        notes.leave("new", ArithmeticError("new"))
+        our_notes.leave("new", ArithmeticError("new"))
         abort(group)
         return None
     dist.barrier()
-    old = notes.error("old sum", RuntimeError("it timed out"))
-    return str(old), _in(notes, "new sum", lambda: _sum(group))
+    old = our_notes.error("old sum", RuntimeError("it timed out"))
+    return str(old), _in(our_notes, "new sum", lambda: _sum(group))
 
 
 def test_old_notes_are_not_read_again() -> None:
@@ -226,15 +228,15 @@ def test_old_notes_are_not_read_again() -> None:
 def _of_a_process_before(rank: int, world: int) -> Any:
     """torchrun has restarted the workers, and their store still has what the ones before have left."""
     group = _group(LONG)
-    notes = Notes("test", group)
+    our_notes = Notes("test", group)
     if rank == 1:
-        store = notes._store(1)
+        store = our_notes._store(1)
         old = {"rank": 1, "kind": "failed", "operation": "old", "text": "old", "order": 1, "time": time.time() - 3600}
         store.set("1", json.dumps(old))
         dist.barrier()
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
-    return _in(notes, "the sum", lambda: _sum(group))
+    return _in(our_notes, "the sum", lambda: _sum(group))
 
 
 def test_notes_of_a_process_before_are_not_read() -> None:

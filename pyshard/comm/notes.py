@@ -89,8 +89,6 @@ class Notes:
         text = text.rstrip(".")
         others = [notes[other] for other in self.ranks if other in notes and other not in (self.rank, rank)]
         words = [f"rank {note.rank} was in: {note.operation}" for note in others]
-        if not any(note.kind == FAILED for note in notes.values()):  # after one of those nobody was waited for
-            words += [f"rank {other} left no word" for other in self.ranks if other not in notes and other != rank]
         told = f" {'; '.join(words).capitalize()}." if words else ""
         hint = f" {self.hint}" if self.hint else ""
         return PeerError(
@@ -131,7 +129,7 @@ class Notes:
         store.set(str(note.rank), json.dumps(data))
 
     def _read(self, count: int, notes: dict[int, _Note], end: float) -> None:
-        """Fills in notes until all are there, or one says that its rank has failed by itself, or time is up."""
+        """Fills in notes until they say whose fault it is, or time is up."""
         store, born = self._store(count), _born()
         while len(notes) < len(self.ranks) and time.monotonic() < end:
             for rank in self.ranks:
@@ -141,6 +139,8 @@ class Notes:
                         notes[rank] = note
             if any(note.kind == FAILED for note in notes.values()):
                 return
+            if len(notes) == len(self.ranks) - 1 and _first(notes).kind == CLOSED:
+                return  # a rank that still can leaves its note before it closes: the last one has not, and never will
             time.sleep(_POLL)
 
     # ---- what they mean ----
@@ -157,7 +157,7 @@ class Notes:
                 )
             if note.kind == FAILED:
                 return note.rank, f"rank {note.rank} has failed by itself in {note.operation}: {note.text}"
-        first = inorder[0]
+        first = _first(notes)
         silent = [rank for rank in others if rank not in notes]
         if silent:
             ranks, one = _list(silent), len(silent) == 1
@@ -209,6 +209,10 @@ def abort(group: dist.ProcessGroup) -> None:
                     with suppress(RuntimeError):
                         nothing = torch.zeros(1, dtype=torch.uint8)
                         backend.recv([nothing], rank, _NO_SUCH_TAG).wait(timedelta(milliseconds=1))
+
+
+def _first(notes: dict[int, _Note]) -> _Note:
+    return min(notes.values(), key=lambda note: note.order)
 
 
 def _born() -> float:
