@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "pyshard"])
+_MODELS = ["transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"]
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "pyshard", *_MODELS])
 
 
 @dataclass
