@@ -13,7 +13,6 @@ from reference import assert_same_bits
 from torch import nn
 
 import pyshard
-from pyshard.placement import PipelineShare, carry_over, set_pipeline_share
 
 transformers = pytest.importorskip("transformers")
 
@@ -194,76 +193,34 @@ def test_errors_change_nothing(tmp_path: Path, seed: int) -> None:
 # ---- several ranks ----
 
 
-class Stage(nn.Module):
-    """What one pipeline rank holds of a model, under the names that it has there."""
-
-    def __init__(self, whole: nn.Module, first: bool, group: dist.ProcessGroup):
-        super().__init__()
-        names = {id(param): name for name, param in whole.named_parameters()}
-        tied = {
-            name: names[id(param)]
-            for name, param in whole.named_parameters(remove_duplicate=False)
-            if names[id(param)] != name
-        }
-        blocks = [name for name, module in whole.named_modules() if isinstance(module, nn.ModuleList)]
-        for name, param in [*whole.named_parameters(remove_duplicate=False)]:
-            inner = name.startswith(f"{blocks[0]}.")
-            early = (
-                int(name.removeprefix(f"{blocks[0]}.").split(".")[0]) < 2 if inner else "embed" in name or "wt" in name
-            )
-            if early != first and "wpe" not in name:
-                continue
-            if not early and first:
-                continue
-            module: nn.Module = self
-            *path, last = name.split(".")
-            for step in path:
-                if not hasattr(module, step):
-                    module.add_module(step, nn.Module())
-                module = getattr(module, step)
-            mine = nn.Parameter(param.detach().clone())
-            carry_over(param, mine)
-            set_pipeline_share(mine, PipelineShare(group, tied.get(name, name), counted=name not in tied))
-            module.register_parameter(last, mine)
-        self.config, self.base_model_prefix = whole.config, whole.base_model_prefix
-        self.generation_config = whole.generation_config
-
-
 def layouts(kind: str, world: int) -> dict[str, Any]:
     """Functions from a whole model to one that is cut over the ranks."""
-    from torch.distributed.fsdp import fully_shard
 
-    def whole(model: Any) -> nn.Module:
-        return model
+    def cut(dp: int = 1, tp: int = 1, pp: int = 1, shard: bool = False) -> Any:
+        mesh = pyshard.init_mesh(dp=dp, tp=tp, pp=pp)
 
-    def sharded(model: Any) -> nn.Module:
-        for block in model.base_model.h if kind == "gpt2" else model.base_model.layers:
-            fully_shard(block)
-        fully_shard(model)
-        return model
+        def make(model: Any) -> nn.Module:
+            if tp > 1:
+                model = pyshard.tp.parallelize(model, mesh)
+            if pp > 1:
+                model = pyshard.pp.pipeline(model, mesh)
+            return pyshard.fully_shard(model, mesh) if shard else model
 
-    def tensor(model: Any) -> nn.Module:
-        return pyshard.tp.parallelize(model, pyshard.init_mesh(tp=world)["tp"])
+        return make
 
-    def staged(model: Any) -> nn.Module:
-        mesh = pyshard.init_mesh(pp=2, dp=world // 2)
-        return Stage(model, mesh["pp"].get_local_rank() == 0, mesh["pp"].get_group())
-
-    def tensor_staged(model: Any) -> nn.Module:
-        mesh = pyshard.init_mesh(pp=2, tp=world // 2)
-        model = pyshard.tp.parallelize(model, mesh["tp"])
-        return Stage(model, mesh["pp"].get_local_rank() == 0, mesh["pp"].get_group())
-
-    found = {"whole": whole, "FSDP2": sharded, "tp": tensor, "stages": staged}
-    if world == 4:
-        found = {"tp x stages": tensor_staged}
-        if kind == "gpt2":
-            found["tp"] = tensor
-    return found
+    if world == 2:
+        return {"dp": cut(dp=2), "FSDP2": cut(dp=2, shard=True), "tp": cut(tp=2), "pp": cut(pp=2)}
+    found = {"FSDP2 x tp": cut(dp=2, tp=2, shard=True), "tp x pp": cut(tp=2, pp=2)}
+    return found | ({"tp": cut(tp=4)} if kind == "gpt2" else {"FSDP2 x pp": cut(dp=2, pp=2, shard=True)})
 
 
-def _every_layout(rank: int, world: int, root: str, kind: str, dtype: torch.dtype, seed: int) -> None:
-    folder = Path(root)
+def _every_layout(rank: int, world: int, root: str, seed: int) -> None:
+    for kind, dtype in (("gpt2", torch.float32), ("llama", torch.bfloat16), ("tied llama", torch.float32)):
+        if world == 2 or kind != "llama":
+            _layouts_of(rank, world, Path(root) / kind, kind, dtype, seed)
+
+
+def _layouts_of(rank: int, world: int, folder: Path, kind: str, dtype: torch.dtype, seed: int) -> None:
     model = make(kind, seed, dtype)
     if rank == 0:
         model.save_pretrained(folder / "one")
@@ -293,16 +250,9 @@ def _every_layout(rank: int, world: int, root: str, kind: str, dtype: torch.dtyp
         dist.barrier()
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("gpt2", torch.float32), ("llama", torch.bfloat16), ("tied llama", torch.float32)]
-)
-def test_every_layout_of_two_ranks(kind: str, dtype: torch.dtype, tmp_path: Path, seed: int) -> None:
-    run(_every_layout, 2, str(tmp_path), kind, dtype, seed)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "tied llama"])
-def test_every_layout_of_four_ranks(kind: str, tmp_path: Path, seed: int) -> None:
-    run(_every_layout, 4, str(tmp_path), kind, torch.float32, seed)
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_layout(world: int, tmp_path: Path, seed: int) -> None:
+    run(_every_layout, world, str(tmp_path), seed)
 
 
 def _errors(rank: int, world: int, root: str, seed: int) -> list[str]:
@@ -316,8 +266,7 @@ def _errors(rank: int, world: int, root: str, seed: int) -> list[str]:
         save_file({**state, "transformer.h.3.ln_1.weight": torch.ones(3)}, folder / "shape")
         (folder / "full").mkdir()
         (folder / "full" / "mine").write_text("")
-    mesh = pyshard.init_mesh(pp=2)
-    mine = Stage(model, rank == 0, mesh["pp"].get_group())
+    mine = pyshard.pp.pipeline(model, pyshard.init_mesh(pp=2))
     before = {name: value.clone() for name, value in mine.state_dict().items()}
     said = []
     for call in (

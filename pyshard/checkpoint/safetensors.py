@@ -129,7 +129,7 @@ def export_safetensors(
             ready = temporary / "ready"
             files.make_directory(ready)
             converter = _Export(
-                Contents(source), owners, getattr(_plain(model), "_keys_to_ignore_on_save", None), dtype
+                Contents(source), owners, getattr(_of_transformers(model), "_keys_to_ignore_on_save", None), dtype
             )
             _write_config(ready, model, config, converter.dtype)
             converter.write(ready, _size(max_shard_size))
@@ -159,8 +159,10 @@ def _owners(model: nn.Module | None) -> dict[str, str]:
     return owners
 
 
-def _plain(model: nn.Module | None) -> nn.Module | None:
-    return None if model is None else naming.unwrapped(model)
+def _of_transformers(model: nn.Module | None) -> nn.Module | None:
+    """The module that has the config: the model itself, or what a stage of a pipeline is made of."""
+    modules = () if model is None else naming.unwrapped(model).modules()
+    return next((module for module in modules if hasattr(getattr(module, "config", None), "save_pretrained")), None)
 
 
 def _size(text: int | str) -> int:
@@ -275,14 +277,14 @@ class _Export:
 
 def _write_config(folder: Path, model: nn.Module | None, config: Any, dtype: torch.dtype | None) -> None:
     """config.json and generation_config.json, of a model of transformers."""
-    inner = _plain(model)
+    inner = _of_transformers(model)
     config = config if config is not None else getattr(inner, "config", None)
     if not hasattr(config, "save_pretrained"):
         return
     config = copy.deepcopy(config)
     if dtype is not None:
         config.dtype = str(dtype).removeprefix("torch.")
-    if getattr(inner, "config_class", None) is not None:
+    if inner is not None:
         config.architectures = [type(inner).__name__.removeprefix("FSDP")]  # torch's fully_shard makes such a class
     config.save_pretrained(folder)
     generation = getattr(inner, "generation_config", None)
@@ -329,7 +331,7 @@ def load_safetensors(path: str | os.PathLike[str], model: nn.Module) -> None:
 
         def choose(found: list[tuple[list[str], dict[str, str]]]) -> list[dict[str, str]]:
             owners = {name: owner for _, each in found for name, owner in each.items()}
-            inner = naming.unwrapped(model)
+            inner = _of_transformers(model)
             prefix = str(getattr(inner, "base_model_prefix", "") or "")
             ignored = getattr(inner, "_keys_to_ignore_on_load_unexpected", None) or ()
             return [_sources(found[0][0], owners, prefix, ignored)] * ranks.world
