@@ -288,11 +288,16 @@ def _rank(rank: int, world: int, fault: Fault, folder: Path) -> dict[str, Any]:
     return found
 
 
+def _shared_files() -> set[str]:
+    """Files of shared memory; not Python's semaphores, which other processes of this machine make at any time."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
+
+
 def _run(world: int, fault: Fault, folder: Path) -> list[Any]:
     """What became of each rank; nothing of them is left."""
-    before = set(os.listdir("/dev/shm"))
+    before = _shared_files()
     outcomes = ranks.run(_rank, world, fault, folder, seconds=LIMIT, quiet=True)
-    assert not set(os.listdir("/dev/shm")) - before
+    assert not _shared_files() - before
     for rank, outcome in enumerate(outcomes):
         pid = (folder / f"pid.{rank}").read_text()
         assert not Path(f"/proc/{pid}").exists(), f"rank {rank} is still there"
