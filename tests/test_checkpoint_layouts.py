@@ -281,7 +281,7 @@ def test_every_layout_to_every_other(seed: int, tmp_path: Path) -> None:
             assert torchs or stored(path) == own, path.name
 
 
-def stored(root: Path) -> tuple[dict[str, Any], list[str]]:
+def stored(root: Path, what: str = "params") -> tuple[dict[str, Any], list[str]]:
     """Keys with shapes and dtypes, and the names in the first parameter group."""
     (directory,) = (path for path in root.iterdir() if path.is_dir())
     metadata = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
@@ -292,10 +292,9 @@ def stored(root: Path) -> tuple[dict[str, Any], list[str]]:
             found[key] = (tuple(value.size), value.properties.dtype)
         else:
             found[key] = None
-    wanted = {"optimizer": {"param_groups": [{"params": []}]}}
-    values = copy.deepcopy(wanted)
+    values: dict[str, Any] = {"optimizer": {"param_groups": [{what: []}]}}
     dcp.load(values, checkpoint_id=directory, no_dist=True)
-    return found, values["optimizer"]["param_groups"][0]["params"]
+    return found, values["optimizer"]["param_groups"][0][what]
 
 
 # ---- what does not fit together ----
@@ -349,6 +348,9 @@ def _what_does_not_fit(rank: int, world: int, root: str) -> dict[str, str]:
     model, opt = build()
     save_checkpoint(f"{root}/good", model, opt)
     load_checkpoint(f"{root}/good", model, opt)
+    named = pyshard.AdamW([(f"my {name}", param) for name, param in model.named_parameters()])
+    save_checkpoint(f"{root}/named", model, named)
+    load_checkpoint(f"{root}/named", model, named)
     one_more = [*names, "x"] if rank == 3 else names
     fails("a name on one rank of a stage", *build(one_more))
     fails("the same, loading", *build(one_more), load=True)
@@ -386,6 +388,8 @@ def test_what_does_not_fit_together(tmp_path: Path) -> None:
     assert "the checkpoint has no x; expected the same names" in said["a name too many"]
     assert re.search(r"has b, which group 0 of the optimizer does not have", said["a parameter less in the optimizer"])
     assert "model.d, which the model does not have" in said["no pipeline"]
+    assert stored(tmp_path / "named")[1] == ["a", "b", "c"]
+    assert stored(tmp_path / "named", "param_names")[1] == ["my a", "my b", "my c"]
     model = nn.ParameterDict({name: torch.zeros(3, 5) for name in ("a", "b", "c", "d")})
     model["d"] = model["a"]
     load_checkpoint(tmp_path / "good", model, pyshard.AdamW({id(p): p for p in model.parameters()}.values()))
