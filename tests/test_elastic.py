@@ -180,7 +180,9 @@ def test_a_lost_host_leaves_a_smaller_world(whole: tuple[list[Line], dict[str, t
     lines, _ = whole
     path, port = tmp_path / "run", _free_port()
     script = _worker(tmp_path, {(0, "host"): ("step", 13)})
-    waits = "last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=40"
+    # Seconds for which the first agent waits for the second one, and after which one is missed: more than the machine
+    # may be busy.
+    waits = "last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=6,join_timeout=60"
     common = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--local-addr", "127.0.0.1"]
     common += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
     stays, goes = ([*common, "--rdzv-conf", f"{waits},is_host={is_host}", *script, str(path)] for is_host in (1, 0))
