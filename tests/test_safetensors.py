@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,20 @@ def test_errors_change_nothing(tmp_path: Path, seed: int) -> None:
     with pytest.raises(ValueError, match="neither a model nor a checkpoint"):
         pyshard.export_safetensors(tmp_path / "new")
     assert list(tmp_path.glob(".*")) == []
+
+
+def _killed(rank: int, world: int, path: str, seed: int) -> None:
+    os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the last thing of an export
+    pyshard.export_safetensors(path, make("llama", seed))
+
+
+def test_a_killed_export_leaves_nothing_under_its_name(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "out"
+    assert run(_killed, 1, str(path), seed, group=False, quiet=True)[0].exitcode == -signal.SIGKILL
+    assert not path.exists() and len(list(tmp_path.glob(".out.*.tmp"))) == 1
+    model = make("llama", seed)
+    pyshard.export_safetensors(path, model)
+    assert_loads(path, model)
 
 
 # ---- several ranks ----
