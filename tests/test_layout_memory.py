@@ -14,6 +14,8 @@ from benchmarks.distributed_model import Work
 from benchmarks.layout_memory import LAYOUTS, Layout
 
 WORK = Work(layers=3, width=33, heads=3, vocabulary=67, positions=10, batch=2, length=9)
+# Parts of tensor-parallel ranks, 2 heads and 1, for which the best stages would not be the same blocks.
+APART = Work(layers=6, width=18, heads=3, vocabulary=175, positions=224, batch=3, length=9)
 DTYPES = ("float32", "bfloat16")
 EXACT = [kind for kind in memory.KINDS if kind != "gathered"]
 
@@ -38,6 +40,22 @@ def measured() -> dict[tuple[str, str], list[dict]]:
     outcomes = ranks.run(measure, max(layout.ranks for layout in LAYOUTS), list(LAYOUTS), seconds=200)
     keys = [(layout.name, dtype) for layout in LAYOUTS for dtype in DTYPES]
     return {key: [o.value[i] for o in outcomes if o.value[i]["held"] is not None] for i, key in enumerate(keys)}
+
+
+def one(rank: int, world: int, layout: Layout) -> dict:
+    from benchmarks.layout_run import Holding
+
+    found = Holding(asdict(layout), asdict(APART)).answer()
+    assert found is not None
+    return found
+
+
+def test_tensor_parallel_ranks_of_unequal_parts_have_the_same_stages() -> None:
+    layout = Layout("tp 2, pp 3", tp=2, pp=3)
+    with torch.device("meta"):
+        model = APART.model()[0]
+    found = [outcome.value for outcome in ranks.run(one, layout.ranks, layout, seconds=100)]
+    assert found == [memory.predict(model, layout, rank, torch.float32) for rank in range(layout.ranks)]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..placement import tensor_shard
 from .parts import Parts
 from .stage import Stage
 
@@ -62,13 +64,17 @@ def split(costs: Costs, stages: int) -> list[tuple[int, int]]:
 
 
 def by_parameters(model: nn.Module, parts: Parts) -> Costs:
-    """Numbers of parameters; a tied weight counts in both places."""
+    """Numbers of parameters; a tied weight counts in both places.
 
-    def count(names: Sequence[str]) -> int:
-        return sum(param.numel() for name in names for param in model.get_submodule(name).parameters())
+    Of what tensor-parallel ranks hold parts of, the whole counts: their parts differ, and their stages must not.
+    """
 
-    blocks = model.get_submodule(parts.blocks).children()
-    return Costs(count(parts.first), [sum(p.numel() for p in b.parameters()) for b in blocks], count(parts.last))
+    def count(module: nn.Module) -> int:
+        shapes = [p.shape if (cut := tensor_shard(p)) is None else cut.shape for p in module.parameters()]
+        return sum(math.prod(shape) for shape in shapes)
+
+    ends = [sum(count(model.get_submodule(name)) for name in names) for names in (parts.first, parts.last)]
+    return Costs(ends[0], [count(block) for block in model.get_submodule(parts.blocks).children()], ends[1])
 
 
 def by_time(
