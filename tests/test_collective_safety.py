@@ -54,8 +54,8 @@ def _told(ours: Notes, operation: str, call: Callable[[], object]) -> PeerError:
 
 
 def _patience(seconds: float) -> None:
-    """For notes of others: more than the machine may be busy. Nobody waits for it where no rank is late."""
-    notes.SECONDS = 10.0 if seconds == LONG else 2.0
+    """For notes of others: the machine may be busy."""
+    notes.SECONDS = 2.5 if seconds == LONG else 2.0
 
 
 def _group(seconds: float) -> Any:

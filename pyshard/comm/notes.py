@@ -87,9 +87,9 @@ class Notes:
         notes.setdefault(self.rank, mine)
         rank, text = self._verdict(mine, notes)
         text = text.rstrip(".")
-        others = [notes[other] for other in self.ranks if other in notes and other not in (self.rank, rank)]
-        words = [f"rank {note.rank} was in: {note.operation}" for note in others]
-        told = f" {'; '.join(words).capitalize()}." if words else ""
+        others = [notes[other] for other in self.ranks if other in notes and other != self.rank]
+        words = [f"rank {note.rank} was in: {note.operation}" for note in others if note.operation not in text]
+        told = f" R{'; '.join(words)[1:]}." if words else ""
         hint = f" {self.hint}" if self.hint else ""
         return PeerError(
             f"{self.who}: {operation} failed on rank {self.rank}: {text}.{told}{hint} Look at the first error of that "
@@ -129,7 +129,7 @@ class Notes:
         store.set(str(note.rank), json.dumps(data))
 
     def _read(self, count: int, notes: dict[int, _Note], end: float) -> None:
-        """Fills in notes until they say whose fault it is, or time is up."""
+        """Fills in notes until all are there, or one says that its rank has failed by itself, or time is up."""
         store, born = self._store(count), _born()
         while len(notes) < len(self.ranks) and time.monotonic() < end:
             for rank in self.ranks:
@@ -139,8 +139,6 @@ class Notes:
                         notes[rank] = note
             if any(note.kind == FAILED for note in notes.values()):
                 return
-            if len(notes) == len(self.ranks) - 1 and _first(notes).kind == CLOSED:
-                return  # a rank that still can leaves its note before it closes: the last one has not, and never will
             time.sleep(_POLL)
 
     # ---- what they mean ----
@@ -172,7 +170,7 @@ class Notes:
         where: dict[str, list[int]] = {}
         for note in sorted(notes.values(), key=lambda note: note.rank):
             where.setdefault(note.operation, []).append(note.rank)
-        if len(where) > 1:
+        if len(where) > 1 and first.kind != CLOSED:  # those would wait for each other until their timeout
             places = "; ".join(f"{_list(ranks)} in {place}" for place, ranks in where.items())
             alone = [ranks[0] for ranks in where.values() if len(ranks) == 1]
             odd = alone[0] if len(alone) == 1 else others[0] if len(others) == 1 else None
@@ -185,7 +183,7 @@ class Notes:
             return self.rank, f"this rank came too late, rank {first.rank} had given up waiting ({first.text})"
         return (
             others[0] if len(others) == 1 else None,
-            f"all ranks were in it, so a connection broke or a rank came later than the timeout ({mine.text})",
+            f"all ranks have left word, so a connection broke or a rank came later than the timeout ({mine.text})",
         )
 
 
@@ -212,7 +210,8 @@ def abort(group: dist.ProcessGroup) -> None:
 
 
 def _first(notes: dict[int, _Note]) -> _Note:
-    return min(notes.values(), key=lambda note: note.order)
+    """Of what went wrong first. A wait that ends by its timeout closes connections before its rank can say so."""
+    return min(notes.values(), key=lambda note: (note.kind != TIMEOUT, note.order))
 
 
 def _born() -> float:
@@ -229,7 +228,7 @@ def plain(error: BaseException) -> str:
 
 
 def _kind(reason: str) -> str:
-    if re.search(r"timed? ?out", reason, re.IGNORECASE):
+    if re.search(r"timed? ?out", reason, re.IGNORECASE) and "closure" not in reason:  # closed by an earlier timeout
         return TIMEOUT
     return CLOSED if re.search(r"clos|reset|refused|broken pipe|aborted", reason, re.IGNORECASE) else OTHER
 
