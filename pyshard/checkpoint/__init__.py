@@ -3,7 +3,8 @@
 from .background import AsyncSave
 from .loading import load_checkpoint
 from .ranks import CheckpointError
-from .safetensors import export_safetensors, load_safetensors
+from .safetensors import export_safetensors
+from .safetensors_load import load_safetensors
 from .saving import save_checkpoint
 
 __all__ = [
