@@ -45,8 +45,8 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     blocks = model.get_submodule(name)
     if not isinstance(blocks, nn.ModuleList) or not name:
         raise ValueError(
-            f"pyshard: the blocks of {kind}, {name or 'the model itself'}, are in a {type(blocks).__name__}; expected an "
-            "nn.ModuleList inside of the model, whose forward calls them. Put the blocks into one."
+            f"pyshard: the blocks of {kind}, {name or 'the model itself'}, are in a {type(blocks).__name__}; expected "
+            "an nn.ModuleList inside of the model, whose forward calls them. Put the blocks into one."
         )
     return name, blocks
 

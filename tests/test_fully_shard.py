@@ -210,8 +210,10 @@ def structure(rank: int, world: int, seed: int) -> None:
     with torch.device("meta"):
         empty = Model()
     whole = init_device_mesh("cpu", (1, world, 1), mesh_dim_names=("pp", "dp", "tp"))
+    set_pipeline_share(empty.scale, share)
     pyshard.fully_shard(empty, whole)
     empty.to_empty(device="cpu")
+    assert pipeline_share(empty.scale) is share
     assert empty.scale.device_mesh.mesh_dim_names == ("dp",)
 
 

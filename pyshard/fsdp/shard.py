@@ -109,7 +109,7 @@ def fully_shard(
         _fully_shard(root, mp_policy=policy, reshard_after_forward=reshard_after_forward, **options_of_all)
         name_collectives(root, _rest(root, found), index)
         index += 1
-        said.again(root)
+        said.again()
     return model
 
 
@@ -277,12 +277,35 @@ class _Said:
     """What is said of the parameters of a model (pyshard.placement), without keeping them."""
 
     def __init__(self, model: nn.Module):
-        self._kept: dict[str, Tensor] = {}
-        for name, param in model.named_parameters(remove_duplicate=False):
-            self._kept[name] = torch.empty(0)
-            carry_over(param, self._kept[name])
+        self._kept: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        for module in model.modules():
+            kept = {}
+            for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+                kept[name] = torch.empty(0)
+                carry_over(param, kept[name])
+            if any(vars(holder) for holder in kept.values()):
+                self._kept.append((module, kept))
 
-    def again(self, model: nn.Module) -> None:
-        """Says it of the parameters that have these names now."""
-        for name, kept in self._kept.items():
-            carry_over(kept, model.get_parameter(name))
+    def again(self) -> None:
+        """Says it of the parameters that have these names now, and of those that a move of the model makes of them."""
+        for module, kept in self._kept:
+            _say(module, kept)
+            _say_after_moves(module, kept)
+
+
+def _say(module: nn.Module, kept: dict[str, Tensor]) -> None:
+    for name, holder in kept.items():
+        if (param := module._parameters.get(name)) is not None:
+            carry_over(holder, param)
+
+
+def _say_after_moves(module: nn.Module, kept: dict[str, Tensor]) -> None:
+    """to_empty() of a DTensor on the meta device drops the attributes of the parameter."""
+    inner = module._apply
+
+    def apply(*args: Any, **kwargs: Any) -> nn.Module:
+        result = inner(*args, **kwargs)
+        _say(module, kept)
+        return result
+
+    module._apply = apply  # type: ignore[method-assign]
