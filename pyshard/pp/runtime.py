@@ -46,8 +46,8 @@ class Doing:
     @contextmanager
     def compute(self, what: str) -> Iterator[None]:
         self.operation, self.computing = what, True
-        yield
-        self.computing = False  # stays True after an error
+        yield  # after an error it stays so
+        self.operation, self.computing = f"messages after {what}", False
 
 
 class TorchStage(PipelineStage):
