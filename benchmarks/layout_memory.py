@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from pyshard.blocks import find_blocks
+from pyshard.comm.collective import ALIGNMENT
 from pyshard.comm.shm import ShmTransport
-from pyshard.optim.layout import Spec, make_layout
+from pyshard.optim.layout import Bucket, Spec, make_layout
 from pyshard.pp import balance
 from pyshard.pp.parts import parts_of
 from pyshard.tp.layers import is_conv1d
 from pyshard.tp.plans import make_plan
 
 KINDS = ("weights", "gradients", "slots", "moments", "masters", "gathered")
-BUCKET_BYTES = min(25 << 20, ShmTransport.bucket_bytes)  # ShardedAdamW's default, or what suffices in shared memory
 SLOTS = 3  # of one bucket each, at stage 2
 STEP_COUNT = 4  # bytes: each parameter's, in fp32
 
@@ -38,6 +38,8 @@ class Layout:
     Attributes:
         way: what the dp ranks do: "" each has all; "stage1", "stage2": ShardedAdamW; "full": fully_shard.
         replicas: of the cut weights, each over dp / replicas ranks (HSDP); with "full" alone.
+        transport: of ShardedAdamW: "shm" on one host, "collective" between hosts.
+        bucket_mb: of ShardedAdamW.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Layout:
     pp: int = 1
     way: str = ""
     replicas: int = 1
+    transport: str = "shm"
+    bucket_mb: float = 25
 
     @property
     def ranks(self) -> int:
@@ -93,16 +97,18 @@ def predict(model: nn.Module, layout: Layout, rank: int, dtype: torch.dtype) -> 
         held["weights"] = held["gradients"] = padded * size
         held["gathered"] = _gathered(model, shapes, layout.pp > 1, world, dtype)
     elif layout.way:
-        specs = [Spec(math.prod(shape), dtype, dtype) for shape in shapes.values()]
-        buckets = make_layout(specs, layout.dp, BUCKET_BYTES)
+        buckets = _buckets(layout, shapes.values(), dtype)
         held["weights"] = size * _numel(shapes.values())
         runs = [bucket.run(place, data) for bucket in buckets for place in bucket.places]
         own = sum(end - begin for begin, end in runs)
-        if layout.way == "stage1":  # all ranks read each other's gradients where they are
+        summed = 4 * sum(bucket.cuts[data + 1] - bucket.cuts[data] for bucket in buckets)
+        if layout.way == "stage1" and layout.transport == "shm":  # ranks read each other's gradients where they are
             held["slots"] = sum(bucket.slot_bytes for bucket in buckets)
         else:
-            held["gradients"] = 4 * sum(bucket.cuts[data + 1] - bucket.cuts[data] for bucket in buckets)
+            held["gradients"] = summed + (held["weights"] if layout.way == "stage1" else 0)
             held["slots"] = SLOTS * max(bucket.slot_bytes for bucket in buckets)
+        if layout.transport == "collective":
+            held["slots"] += (layout.dp - 1) * _received(buckets, data)
     else:
         own = _numel(shapes.values())
         held["weights"] = held["gradients"] = own * size
@@ -151,6 +157,27 @@ def _prefixes(model: nn.Module, stages: int, stage: int) -> tuple[str, ...]:
     modules += [*parts.first] if stage == 0 else []
     modules += [*parts.last] if stage == stages - 1 else []
     return tuple(f"{name}." for name in modules)
+
+
+# ---- a sharded optimizer ----
+
+
+def _buckets(layout: Layout, shapes: Iterable[Shape], dtype: torch.dtype) -> list[Bucket]:
+    """Where link and memory are fast. (Over a slow link, which is measured, buckets are of at most 2 MiB.)"""
+    limit = int(layout.bucket_mb * 2**20)
+    if layout.transport == "shm":
+        limit = min(limit, ShmTransport.bucket_bytes)
+    return make_layout([Spec(math.prod(shape), dtype, dtype) for shape in shapes], layout.dp, limit)
+
+
+def _received(buckets: list[Bucket], data: int) -> int:
+    """What comes from one other rank into the slots, after some steps: each is as large as the largest run that was in
+    it. Buckets take the slots in turn, so where their number is no multiple of that of the slots, any gets into any."""
+    spans = [bucket.grad_spans()[data] for bucket in buckets]
+    runs = [-(-(end - begin) // ALIGNMENT) * ALIGNMENT for begin, end in spans]
+    if len(runs) % SLOTS:
+        return SLOTS * max(runs)
+    return sum(max(runs[slot::SLOTS]) for slot in range(SLOTS))
 
 
 # ---- full sharding: along dimension 0, all ranks with the memory of the first one, which has most ----

@@ -22,6 +22,8 @@ from benchmarks.peers import HYPER
 from pyshard.kernels.launch import local_tensor
 from pyshard.optim.sharded_explain import held_bytes
 
+STEPS = 3  # over which every bucket that may get into a slot has been there
+
 
 class Holding:
     """One rank. All ranks of the default group make it; those beyond the layout's have nothing.
@@ -55,22 +57,25 @@ class Holding:
             dtype = getattr(torch, work.dtype)
             pyshard.fully_shard(model, data, param_dtype=dtype, reduce_dtype=torch.float32)
         if layout.way.startswith("stage"):
-            group, stage = data.get_group(), int(layout.way[-1])
+            options = {"stage": int(layout.way[-1]), "transport": layout.transport, "bucket_mb": layout.bucket_mb}
             optimizer: Any = pyshard.ShardedAdamW(
-                model.parameters(), process_group=group, stage=stage, transport="shm", **HYPER
+                model.parameters(), process_group=data.get_group(), **options, **HYPER
             )
         else:
             optimizer = pyshard.AdamW(model.parameters(), **HYPER)
         assert self.rank is not None
         generator = torch.Generator().manual_seed(layout.place(self.rank)[1])
         tokens = torch.randint(work.vocabulary, (work.batch, work.length), generator=generator)
-        with Watch(model) as watch:
-            if layout.pp > 1:
-                loss = model.step(tokens, target=tokens).loss  # type: ignore[operator]
-            else:
-                loss = loss_of(model, tokens)
-                loss.backward()
-        optimizer.step()
+        watch = Watch(model)
+        for _ in range(STEPS if layout.transport == "collective" else 1):
+            optimizer.zero_grad()
+            with watch:
+                if layout.pp > 1:
+                    loss = model.step(tokens, target=tokens).loss  # type: ignore[operator]
+                else:
+                    loss = loss_of(model, tokens)
+                    loss.backward()
+            optimizer.step()
         self.loss = float(loss)
         self.held = held(model, optimizer) | {"gathered": watch.most}
         if hasattr(optimizer, "close"):

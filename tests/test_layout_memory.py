@@ -16,6 +16,19 @@ from benchmarks.layout_memory import LAYOUTS, Layout
 WORK = Work(layers=3, width=33, heads=3, vocabulary=67, positions=10, batch=2, length=9)
 # Parts of tensor-parallel ranks, 2 heads and 1, for which the best stages would not be the same blocks.
 APART = Work(layers=6, width=18, heads=3, vocabulary=175, positions=224, batch=3, length=9)
+# In several buckets, of which some have parts of one parameter, and with one parameter larger than a bucket.
+CUT_FINE = tuple(
+    Layout(f"{way} in buckets, {transport}, dp {dp}", dp=dp, way=way, transport=transport, bucket_mb=0.012)
+    for way, transport, dp in [
+        ("stage1", "shm", 3),
+        ("stage2", "shm", 3),
+        ("stage1", "collective", 2),
+        ("stage2", "collective", 3),
+    ]
+)
+UNEVEN = (Layout("fully_shard, dp 3", dp=3, way="full"), Layout("HSDP, 2 x 3", dp=6, way="full", replicas=2))
+UNEVEN += (Layout("tp 3, dp 2", tp=3, dp=2, way="stage1"),)
+ALL = (*LAYOUTS, *CUT_FINE, *UNEVEN)
 DTYPES = ("float32", "bfloat16")
 EXACT = [kind for kind in memory.KINDS if kind != "gathered"]
 
@@ -37,8 +50,8 @@ def measure(rank: int, world: int, layouts: list[Layout]) -> list[dict]:
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple[str, str], list[dict]]:
     """By layout and dtype, what each of its ranks has found."""
-    outcomes = ranks.run(measure, max(layout.ranks for layout in LAYOUTS), list(LAYOUTS), seconds=200)
-    keys = [(layout.name, dtype) for layout in LAYOUTS for dtype in DTYPES]
+    outcomes = ranks.run(measure, max(layout.ranks for layout in ALL), list(ALL), seconds=200)
+    keys = [(layout.name, dtype) for layout in ALL for dtype in DTYPES]
     return {key: [o.value[i] for o in outcomes if o.value[i]["held"] is not None] for i, key in enumerate(keys)}
 
 
@@ -64,8 +77,35 @@ def model() -> torch.nn.Module:
         return WORK.model()[0]
 
 
+@pytest.mark.parametrize(
+    "layout", [layout for layout in ALL if layout.transport == "shm"], ids=lambda layout: layout.name
+)
+def test_every_layout_trains_the_same_model(measured: dict, layout: Layout) -> None:
+    """Or it would not matter what it holds. The loss of the first dp rank's batch, in another order of sums."""
+    alone = measured["one process", "float32"][0]["loss"]
+    losses = [o["loss"] for rank, o in enumerate(measured[layout.name, "float32"]) if layout.place(rank)[1] == 0]
+    assert losses == pytest.approx([alone] * len(losses), abs=1e-5)
+
+
+def test_predictions_by_hand(model: torch.nn.Module) -> None:
+    w, layers = WORK.width, WORK.layers
+    block, tensors = 12 * w * w + 13 * w, 4 + 12 * layers
+    n = (WORK.vocabulary + WORK.positions) * w + layers * block + 2 * w
+    fp32, bf16 = (memory.predict(model, Layout("alone"), 0, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert memory.total(fp32) == 16 * n + 4 * tensors
+    assert memory.total(bf16) == (2 + 2 + 8 + 2) * n + 4 * tensors
+    for layout in CUT_FINE:
+        assert len(memory._buckets(layout, [tuple(p.shape) for p in model.parameters()], torch.float32)) > 3 * layers
+    # Rows of which one of two ranks has one more; the other has as much memory, and less state.
+    full = [memory.predict(model, Layout("full", dp=2, way="full"), rank, torch.float32) for rank in (0, 1)]
+    assert full[0]["weights"] == full[1]["weights"]
+    odd = sum(p.numel() // p.shape[0] for p in model.parameters() if p.shape[0] % 2)
+    assert full[0]["moments"] - full[1]["moments"] == 8 * odd > 0
+    assert 2 * full[0]["weights"] == 4 * (n + odd)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", ALL, ids=lambda layout: layout.name)
 def test_every_rank_holds_what_is_predicted(measured: dict, model: torch.nn.Module, layout: Layout, dtype: str) -> None:
     found = measured[layout.name, dtype]
     assert len(found) == layout.ranks
