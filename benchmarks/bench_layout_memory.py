@@ -68,7 +68,7 @@ def bench_layout_memory(measure, settings, ranks: Ranks, short: str) -> None:
         Case(
             name=f"layouts, memory per rank, {short}",
             title=f"What the rank with most holds of {work.title()}, {elements / 1e6:.1f} M parameters in {short}",
-            entries=[contestant(layout) for layout in LAYOUTS],
+            entries=[contestant(layout) for layout in LAYOUTS if layout.compute != work.dtype],
             targets=[fact_within("most off", MOST_OFF, f"{short}: measured and predicted ≤ {MOST_OFF}x apart")],
             rounds=1,
             warmup=0,

@@ -40,6 +40,7 @@ class Layout:
         replicas: of the cut weights, each over dp / replicas ranks (HSDP); with "full" alone.
         transport: of ShardedAdamW: "shm" on one host, "collective" between hosts.
         bucket_mb: of ShardedAdamW.
+        compute: dtype in which "full" computes; "" that of the weights.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Layout:
     replicas: int = 1
     transport: str = "shm"
     bucket_mb: float = 25
+    compute: str = ""
 
     @property
     def ranks(self) -> int:
@@ -65,6 +67,7 @@ LAYOUTS = (
     Layout("ShardedAdamW stage 1, dp 2", dp=2, way="stage1"),
     Layout("ShardedAdamW stage 2, dp 2", dp=2, way="stage2"),
     Layout("fully_shard, dp 2", dp=2, way="full"),
+    Layout("fully_shard, dp 2, computes in bf16", dp=2, way="full", compute="bfloat16"),
     Layout("HSDP, 2 x 2", dp=4, way="full", replicas=2),
     Layout("tp 2", tp=2),
     Layout("pp 2", pp=2),
@@ -95,7 +98,8 @@ def predict(model: nn.Module, layout: Layout, rank: int, dtype: torch.dtype) -> 
         padded = sum(_padded(shape, world) for shape in shapes.values())
         own = sum(_rows(shape, world, index) for shape in shapes.values())
         held["weights"] = held["gradients"] = padded * size
-        held["gathered"] = _gathered(model, shapes, layout.pp > 1, world, dtype)
+        compute = getattr(torch, layout.compute) if layout.compute else dtype
+        held["gathered"] = _gathered(model, shapes, layout.pp > 1, world, compute)
     elif layout.way:
         buckets = _buckets(layout, shapes.values(), dtype)
         held["weights"] = size * _numel(shapes.values())
@@ -194,7 +198,7 @@ def _padded(shape: Shape, world: int) -> int:
 
 
 def _gathered(model: nn.Module, shapes: dict[str, Shape], pipeline: bool, world: int, dtype: torch.dtype) -> int:
-    """Whole weights and gradients at the peak of a step.
+    """Whole weights and gradients at the peak of a step that computes in a dtype.
 
     Of a model: the weights of what is outside of the blocks, all through the step; and either one block with its
     gradients, and those of what comes after the blocks, or at the end all gradients outside of the blocks.

@@ -54,7 +54,7 @@ class Holding:
         if layout.pp > 1:
             model = pyshard.pp.pipeline(model, mesh, n_microbatches=layout.pp)
         if layout.way == "full":
-            dtype = getattr(torch, work.dtype)
+            dtype = getattr(torch, layout.compute or work.dtype)
             pyshard.fully_shard(model, data, param_dtype=dtype, reduce_dtype=torch.float32)
         if layout.way.startswith("stage"):
             options = {"stage": int(layout.way[-1]), "transport": layout.transport, "bucket_mb": layout.bucket_mb}
