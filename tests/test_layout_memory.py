@@ -3,14 +3,17 @@
 The model's sizes divide by nothing: 3 heads, 33 features, 67 words, 3 blocks.
 """
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import ranks
 import torch
 
 from benchmarks import layout_memory as memory
-from benchmarks.distributed_model import Work
+from benchmarks import results
+from benchmarks.distributed_model import GPT2, Work
 from benchmarks.layout_memory import LAYOUTS, Layout
 
 WORK = Work(layers=3, width=33, heads=3, vocabulary=67, positions=10, batch=2, length=9)
@@ -123,3 +126,30 @@ def test_every_rank_holds_what_is_predicted(measured: dict, model: torch.nn.Modu
             assert 0.8 * bound <= whole <= bound, rank
         else:
             assert whole == bound, rank
+
+
+def test_the_tables_of_the_documentation_are_those_of_a_result() -> None:
+    """And this one of what is predicted now, for the model that was measured."""
+    page = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+    cases = {}
+    for path in results.RESULTS.glob(f"*{results.DISTRIBUTED}.json"):
+        cases |= {
+            name: case for name, case in json.loads(path.read_text())["cases"].items() if "memory per rank" in name
+        }
+    assert sorted(cases) == [f"layouts, memory per rank, {short}" for short in ("bf16", "fp32")]
+    with torch.device("meta"):
+        whole = GPT2.model()[0]
+    for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        measured = {row["name"]: row for row in cases[f"layouts, memory per rank, {short}"]["contestants"]}
+        _, _, rows = page.split(f"\n{short}")[-1].partition("---:|\n")
+        table = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in rows.split("\n\n")[0].splitlines()]
+        assert {row[0] for row in table} == set(measured)
+        for name, *cells, together, predicted in table:
+            notes = measured[name]["notes"]
+            assert cells == [f"{notes[f'{kind} MB']:.1f}" if notes[f"{kind} MB"] else "" for kind in memory.KINDS]
+            assert (together, predicted) == (f"{measured[name]['median']:.1f}", f"{notes['predicted MB']:.1f}")
+            layout = next(layout for layout in LAYOUTS if layout.name == name)
+            every = [memory.total(memory.predict(whole, layout, rank, dtype)) / 1e6 for rank in range(layout.ranks)]
+            # Of the rank that held most; stored with five digits.
+            assert min(abs(notes["predicted MB"] / one - 1) for one in every) < 1e-4
+            assert measured[name]["median"] <= max(every) * (1 + 1e-4)
