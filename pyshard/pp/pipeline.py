@@ -18,7 +18,7 @@ from ..placement import pipeline_share, tensor_shard
 from ..tp.splits import split_sizes
 from .runtime import Run, Settings
 from .stage import Stage
-from .ties import Tie, exchange, set_aside
+from .ties import Exchange, Tie
 
 # Shapes of inputs for which stages and receive buffers are kept. Training and evaluation are different ones.
 _KEPT = 8
@@ -180,11 +180,10 @@ class Pipeline(nn.Module):
         run.scaler, run.raw = scaler, []
         try:
             if backward:
-                params = dict(self.named_parameters())
-                with set_aside(self.ties, params):
+                with Exchange(self.ties, dict(self.named_parameters()), self.group) as exchange:
                     logits = run(inputs, target, True, return_logits)
                     run.doing.operation, run.doing.computing = "sum of the gradients of tied weights", False
-                    exchange(self.ties, params, self.group)
+                    exchange()
                 self._done()
             else:
                 logits = run(inputs, target, False, return_logits)
