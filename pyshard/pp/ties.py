@@ -73,8 +73,9 @@ class Exchange:
             ops += [dist.P2POp(dist.irecv, part, group=self.group, group_peer=rank) for rank, part in parts.items()]
             works = dist.batch_isend_irecv(ops)
         else:
-            parts, works = self.expected.pop(tie.name, None) or ({}, [])
-            if not parts:
+            if tie.name in self.expected:
+                parts, works = self.expected.pop(tie.name)
+            else:
                 parts = self._parts(tie, param)
                 works = self._receive(parts, tag)
             sent = (dist.isend(own, group=self.group, group_dst=rank, tag=tag) for rank in parts)
