@@ -17,17 +17,21 @@ from benchmarks.layout_memory import KINDS, LAYOUTS, Layout, predict, total
 from benchmarks.results import Case, fact_within
 
 SMALL = Work(layers=2, width=16, heads=2, vocabulary=64, positions=8, batch=2, length=8)
-SUBJECT = "fully_shard, dp 2, tp 2, pp 2"
+SUBJECT = "fully_shard, dp 2"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # Measured over predicted, and how far either may lie above the other. All kinds but one are exact; in a fully sharded
 # bf16 pipeline the peak depends on the order in which gradients get a second dtype, and has a bound.
 MOST_OFF = 1.1
 
 
+def layouts(settings) -> list[Layout]:
+    return settings.pick(list(LAYOUTS), [layout for layout in LAYOUTS if layout.ranks <= 2])
+
+
 @pytest.fixture(scope="module")
 def ranks(settings) -> Iterator[Ranks]:
     cpu_only(settings)
-    with Ranks(max(layout.ranks for layout in LAYOUTS)) as started:
+    with Ranks(max(layout.ranks for layout in layouts(settings))) as started:
         yield started
 
 
@@ -68,7 +72,7 @@ def bench_layout_memory(measure, settings, ranks: Ranks, short: str) -> None:
         Case(
             name=f"layouts, memory per rank, {short}",
             title=f"What the rank with most holds of {work.title()}, {elements / 1e6:.1f} M parameters in {short}",
-            entries=[contestant(layout) for layout in LAYOUTS if layout.compute != work.dtype],
+            entries=[contestant(layout) for layout in layouts(settings) if layout.compute != work.dtype],
             targets=[fact_within("most off", MOST_OFF, f"{short}: measured and predicted ≤ {MOST_OFF}x apart")],
             rounds=1,
             warmup=0,

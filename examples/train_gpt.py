@@ -109,6 +109,8 @@ def show(runs: list[Run], sample: str, options: Namespace) -> None:
     ours = runs[-1]
     if isinstance(ours.optimizer, ShardedAdamW):
         print(EXPLANATION.format(ours.optimizer.transport().name, ours.optimizer.transport().why))
+    if options.full_shard:
+        print("\nNot counted: layers that fully_shard makes whole while they compute; docs/memory.md has the formulas.")
     if isinstance(ours.network, pp.Pipeline):
         print(f"\nThe pipeline: {ours.network.explain()}")
     print(f"\nA sample of the model that {ours.label} trained:\n")

@@ -4,6 +4,8 @@ The model's sizes divide by nothing: 3 heads, 33 features, 67 words, 3 blocks.
 """
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from benchmarks import results
 from benchmarks.distributed_model import GPT2, Work
 from benchmarks.layout_memory import LAYOUTS, Layout
 
+pytest.importorskip("transformers", reason="the model comes from there (requirements/bench.txt)")
+
+ROOT = Path(__file__).resolve().parent.parent
 WORK = Work(layers=3, width=33, heads=3, vocabulary=67, positions=10, batch=2, length=9)
 # Parts of tensor-parallel ranks, 2 heads and 1, for which the best stages would not be the same blocks.
 APART = Work(layers=6, width=18, heads=3, vocabulary=175, positions=224, batch=3, length=9)
@@ -130,7 +135,7 @@ def test_every_rank_holds_what_is_predicted(measured: dict, model: torch.nn.Modu
 
 def test_the_tables_of_the_documentation_are_those_of_a_result() -> None:
     """And this one of what is predicted now, for the model that was measured."""
-    page = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+    page = (ROOT / "docs" / "memory.md").read_text()
     cases = {}
     for path in results.RESULTS.glob(f"*{results.DISTRIBUTED}.json"):
         cases |= {
@@ -153,3 +158,21 @@ def test_the_tables_of_the_documentation_are_those_of_a_result() -> None:
             # Of the rank that held most; stored with five digits.
             assert min(abs(notes["predicted MB"] / one - 1) for one in every) < 1e-4
             assert measured[name]["median"] <= max(every) * (1 + 1e-4)
+
+
+def test_the_benchmark_writes_predicted_beside_measured(tmp_path: Path) -> None:
+    """In its quick form, which has the layouts of at most two ranks."""
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_layout_memory.py", "-p", "no:cacheprovider"]
+    command += ["--quick", "--result", str(tmp_path / "result.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    cases = json.loads((tmp_path / "result-distributed.json").read_text())["cases"]
+    assert len(cases) == 2
+    for case in cases.values():
+        assert case["unit"] == "MB" and not case["absent"]
+        assert [target["measured"] for target in case["targets"]] == [1.0]
+        for row in case["contestants"]:
+            parts = sum(row["notes"][f"{kind} MB"] for kind in memory.KINDS)
+            assert (
+                row["median"] == pytest.approx(parts, rel=1e-4) == pytest.approx(row["notes"]["predicted MB"], rel=1e-4)
+            )
