@@ -244,10 +244,10 @@ def _share(
     for param in {id(p): p for p in model.parameters()}.values():
         name, _, stages = holders[id(param)]
         owners = list(dict.fromkeys(ranks[stage] for stage in sorted(stages)))
-        if len(owners) > 1 and param.requires_grad:
+        if len(owners) > 1:
             ties.append(Tie(name, here.get(id(param)), owners))
         if id(param) in here:
-            share = PipelineShare(group, name, counted=owners[0] == me, tied=len(owners) > 1 and param.requires_grad)
+            share = PipelineShare(group, name, counted=owners[0] == me, tied=len(owners) > 1)
             set_pipeline_share(param, share)
     return ties
 

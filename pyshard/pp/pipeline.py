@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
+import re
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..comm import PeerError
 from ..comm.notes import Notes, abort
-from ..placement import pipeline_share, tensor_shard
+from ..placement import pipeline_share, said_again, tensor_shard
 from ..tp.splits import split_sizes
+from . import probe
 from .runtime import Run, Settings
 from .stage import Stage
 from .ties import Exchange, Tie
@@ -23,6 +27,10 @@ from .ties import Exchange, Tie
 # Shapes of inputs for which stages and receive buffers are kept. Training and evaluation are different ones.
 _KEPT = 8
 _WHO = "pyshard.pp.Pipeline"
+# torch raises errors of a stage's module from errors of its own, which begin so.
+_TORCHS = re.compile(r"\s*(\[Stage \d+\] failed to run forward|Failed to run stage backward)")
+
+T = TypeVar("T")
 
 
 class Output(NamedTuple):
@@ -62,7 +70,8 @@ class Pipeline(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.settings, self.ties, self.group, self.device = settings, ties, group, device
         self._runs: dict[Any, Run] = {}
-        self._hidden: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None = None  # of inputs and hidden states
+        # For each mode: a shape of inputs, and shape and dtype of its hidden states.
+        self._hidden: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}
         self._notes = Notes(_WHO, group)
         self._failed: str | None = None
 
@@ -89,6 +98,10 @@ class Pipeline(nn.Module):
                     seen.add(key)
                     yield name, value
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with said_again(self):  # stages of one rank may share a weight
+            return super()._apply(fn, recurse)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The part of the whole model's state_dict that this rank's stages hold."""
         found: dict[str, Any] = {}
@@ -107,10 +120,11 @@ class Pipeline(nn.Module):
             raise RuntimeError(
                 f"{_WHO}.load_state_dict: missing {', '.join(missing[:3])}; expected all names of this rank's stages"
             )
-        for stage in self.stages:
-            model: nn.Module = stage.model  # type: ignore[assignment]
-            held = model.state_dict()
-            model.load_state_dict({k: v for k, v in state_dict.items() if k in held}, strict=strict, assign=assign)
+        with said_again(self):
+            for stage in self.stages:
+                model: nn.Module = stage.model  # type: ignore[assignment]
+                held = model.state_dict()
+                model.load_state_dict({k: v for k, v in state_dict.items() if k in held}, strict=strict, assign=assign)
         return nn.modules.module._IncompatibleKeys(missing, [])
 
     # ---- steps ----
@@ -169,18 +183,19 @@ class Pipeline(nn.Module):
             cuts = self._cuts(who, inputs, target)
         except (TypeError, ValueError) as error:
             problem = error
-        key = (call, target is not None, _signature({**inputs, "target": target}))
-        self._agree(who, key, problem)
-        run = self._runs.get(key)
+        autocast, dtype = self._mode()
+        key = (call, autocast, _signature({**inputs, "target": target}))
+        self._agree(who, key, _contents({**inputs, "target": target}), problem)
+        run = self._runs.get((key, dtype))
         if run is None:
             run = self._make_run(inputs, cuts, target is not None)
             if len(self._runs) >= _KEPT:
                 self._runs.pop(next(iter(self._runs)))  # the same one on all ranks
-            self._runs[key] = run
+            self._runs[key, dtype] = run
         run.scaler, run.raw = scaler, []
         try:
             if backward:
-                with Exchange(self.ties, dict(self.named_parameters()), self.group) as exchange:
+                with Exchange(self.ties, dict(self.named_parameters(remove_duplicate=False)), self.group) as exchange:
                     logits = run(inputs, target, True, return_logits)
                     run.doing.operation, run.doing.computing = "sum of the gradients of tied weights", False
                     exchange()
@@ -223,8 +238,8 @@ class Pipeline(nn.Module):
         """Raises what went wrong on this rank, or what has become of the others; they are told."""
         operation = run.doing.operation
         cause = error.__cause__
-        if isinstance(cause, Exception) and "ailed to run" in str(error):  # torch's own wrapping
-            error, cause = cause, cause.__cause__
+        if isinstance(cause, Exception) and _TORCHS.match(str(error)):
+            error = cause
         self._failed = f"{type(error).__name__}: {error}".splitlines()[0]
         if run.doing.computing or not isinstance(error, RuntimeError):
             self._notes.leave(operation, error)
@@ -258,25 +273,38 @@ class Pipeline(nn.Module):
             raise ValueError(
                 f"{who}: {first} has a batch of {batch}; expected a multiple of n_microbatches={n}. Change one of them."
             )
+        asking = [name for name, value in tensors.items() if value.requires_grad]
+        if asking:
+            raise ValueError(
+                f"{who}: {', '.join(asking)} requires a gradient; expected inputs that do not, since every stage gets "
+                "them anew. Make what is trained a parameter of the model."
+            )
         if target is not None and (not isinstance(target, Tensor) or target.shape[:1] != (batch,)):
             got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
             raise ValueError(f"{who}: target is {got}; expected a tensor with the batch of {batch} first, as {first}.")
         return {n: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == batch for n, v in inputs.items()}
 
-    def _agree(self, who: str, key: Any, problem: Exception | None) -> None:
+    def _param(self, name: str) -> nn.Parameter:
+        return next(param for known, param in self.named_parameters(remove_duplicate=False) if known == name)
+
+    def _agree(self, who: str, key: Any, contents: int, problem: Exception | None) -> None:
         """Raises on all ranks if one has a problem or another call; nothing has been sent to a stage then."""
-        mine = torch.tensor([zlib.crc32(repr(key).encode()), problem is not None], device=self.device)
+        trained = [None if tie.here is None else self._param(tie.here).requires_grad for tie in self.ties]
+        masks = [sum(1 << i for i, found in enumerate(trained) if found is want) for want in (True, False)]
+        values = [zlib.crc32(repr(key).encode()), problem is not None, contents, *masks]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
         every = [torch.empty_like(mine) for _ in range(self.group.size())]
         try:
             dist.all_gather(every, mine, group=self.group)
         except RuntimeError as error:
             self._failed = "agreement of the ranks"
             raise self._notes.error(f"agreement of the ranks in {who}", error) from error
-        values = [tuple(int(v) for v in each) for each in every]
-        if not any(bad for _, bad in values) and len({digest for digest, _ in values}) == 1:
+        heard = [each.tolist() for each in every]
+        digests, bad, all_contents, yes, no = zip(*heard, strict=True)
+        both = functools.reduce(operator.or_, yes) & functools.reduce(operator.or_, no)
+        if not any(bad) and not both and len(set(digests)) == 1 and len(set(all_contents)) == 1:
             return
-        said: list[Any] = [None] * len(values)
-        dist.all_gather_object(said, (repr(key), None if problem is None else f"{problem}"), group=self.group)
+        said = self._gather(f"agreement of the ranks in {who}", (repr(key), None if problem is None else f"{problem}"))
         if problem is not None:
             raise problem
         ranks = dist.get_process_group_ranks(self.group)
@@ -289,31 +317,46 @@ class Pipeline(nn.Module):
                     f"{who}: rank {rank} was called with {other} and rank {ranks[0]} with {said[0][0]}; expected the "
                     "same call with the same batch on all ranks of the pipeline."
                 )
+        if both:
+            name = next(tie.name for i, tie in enumerate(self.ties) if both >> i & 1)
+            raise ValueError(
+                f"{who}: {name} is trained on some of the stages that hold it and frozen on others; expected the same "
+                "requires_grad for all copies."
+            )
+        raise ValueError(
+            f"{who}: ranks {ranks} have inputs of one shape and different integers in them; expected the same batch on "
+            "all ranks of the pipeline. Give them one sampler seed: only data-parallel ranks see different batches."
+        )
 
     # ---- shapes ----
 
     def _make_run(self, inputs: dict[str, Any], cuts: dict[str, bool], with_loss: bool) -> Run:
         n = self.settings.microbatches
         first = next(value for value in inputs.values() if isinstance(value, Tensor))
-        shape = (first.shape[0] // n, *first.shape[1:])
-        known = self._known(shape)
+        shape, mode = (first.shape[0] // n, *first.shape[1:]), self._mode()
+        known = self._known(shape, mode)
         if known is None:
             micro = {k: v[: v.shape[0] // n] if cuts[k] else v for k, v in inputs.items()}
             known = self._probe(micro)
-            self._hidden = (shape, *known)
+            self._hidden[mode] = (shape, *known)
         meta = torch.empty(known[0], dtype=known[1], device="meta", requires_grad=True)
         stages: list[Stage] = list(self.stages)  # type: ignore[arg-type]
-        settings = self.settings
-        return Run(settings, stages, self.group, self.device, meta, cuts, with_loss)
+        return Run(self.settings, stages, self.group, self.device, meta, cuts, with_loss)
 
-    def _known(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], torch.dtype] | None:
+    def _mode(self) -> tuple[Any, ...]:
+        """What decides about the dtype of hidden states besides the inputs."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and str(torch.get_autocast_dtype(kind))
+        return autocast, tuple(sorted({str(param.dtype) for param in self.parameters()}))
+
+    def _known(self, shape: tuple[int, ...], mode: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Shape and dtype of hidden states for inputs of a shape, from those that are known for another one.
 
         Not every rank of a sharded model may come here at the same time, so the model is not run again for it.
         """
-        if self._hidden is None:
+        if mode not in self._hidden:
             return None
-        old, hidden, dtype = self._hidden
+        old, hidden, dtype = self._hidden[mode]
         if len(shape) != len(old) or len(shape) < 2 or len(hidden) < 2 or hidden[0] != old[0]:
             return None
         group = next((s.group for p in self.parameters() if (s := tensor_shard(p)) is not None), None)
@@ -326,31 +369,42 @@ class Pipeline(nn.Module):
         return ((shape[0], now, *hidden[2:]), dtype) if hidden[1] == was else None
 
     def _probe(self, micro: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
-        """What comes out of the first block for one microbatch, told to all ranks by the one that has it."""
-        source = self.settings.ranks[0]
-        found: list[Any] = [None]
-        if dist.get_rank(self.group) == source:
-            stage: Stage = self.stages[0]  # type: ignore[assignment]
-            devices = [] if self.device.type == "cpu" else [self.device]
-            blocks = stage.blocks
-            blocks.stop = blocks.begin
-            try:
-                with torch.no_grad(), torch.random.fork_rng(devices, device_type=self.device.type):
-                    hidden = stage(**micro)
-                found = [(tuple(hidden.shape), hidden.dtype)]
-            except Exception as error:
-                found = [f"{type(error).__name__}: {error}"]
-                raise
-            finally:
-                blocks.stop = None
-                self._reshard()
-                dist.broadcast_object_list(found, group=self.group, group_src=source)
-        else:
-            dist.broadcast_object_list(found, group=self.group, group_src=source)
-        if isinstance(found[0], str):
-            rank = dist.get_process_group_ranks(self.group)[source]
-            raise PeerError(f"{_WHO}: rank {rank} failed in the first block: {found[0]}", rank, "forward of stage 0")
-        return found[0]
+        """What comes out of the first block for one microbatch, and whether the other stages can go on from it.
+
+        All ranks come here together, and raise together what one of them finds.
+        """
+        stages: list[Stage] = list(self.stages)  # type: ignore[arg-type]
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=self.device.type):
+            found = self._together("forward of the first block", lambda: probe.first_block(stages, micro))
+            known: probe.Found = next(each for each in found if each is not None)
+            self._together("trial of the stages", lambda: probe.try_stages(stages, micro, known, self.device))
+        self._reshard()
+        return known.shape, known.dtype
+
+    def _together(self, operation: str, mine: Callable[[], T]) -> list[T]:
+        """What mine() gives on every rank of the pipeline. An error of one of them is one on all."""
+        result, problem = None, None
+        try:
+            result = mine()
+        except Exception as error:
+            problem = error
+        every = self._gather(operation, (result, None if problem is None else f"{type(problem).__name__}: {problem}"))
+        if problem is not None:
+            raise problem
+        for rank, (_, text) in zip(dist.get_process_group_ranks(self.group), every, strict=True):
+            if text is not None:
+                raise PeerError(f"{_WHO}: rank {rank} failed in {operation}: {text}", rank, operation)
+        return [value for value, _ in every]
+
+    def _gather(self, operation: str, value: Any) -> list[Any]:
+        every: list[Any] = [None] * self.group.size()
+        try:
+            dist.all_gather_object(every, value, group=self.group)
+        except RuntimeError as error:
+            self._failed = operation
+            raise self._notes.error(operation, error) from error
+        return every
 
     def explain(self) -> str:
         """Which rank has which blocks, and the schedule."""
@@ -367,10 +421,27 @@ class Pipeline(nn.Module):
 
 
 def _signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What must be the same on all ranks, and for one Run: shapes and dtypes of tensors, other values as they are."""
-    return tuple(
-        (name, tuple(v.shape), str(v.dtype)) if isinstance(v, Tensor) else (name, repr(v)) for name, v in inputs.items()
-    )
+    """What must be the same on all ranks and for one Run: shapes and dtypes of tensors, other values if plain."""
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
+        return tuple(value.shape), str(value.dtype)
+
+    return tuple((name, of(inputs[name])) for name in sorted(inputs))
+
+
+def _contents(inputs: Mapping[str, Any]) -> int:
+    """A checksum of the integers among the inputs that are on the CPU, such as token ids.
+
+    It finds a loader that gives each rank of a pipeline another batch.
+    """
+    found = 0
+    for name in sorted(inputs):
+        value = inputs[name]
+        if isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_floating_point():
+            found = zlib.crc32(value.contiguous().numpy().tobytes(), found)
+    return found
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Every stage runs the whole model's forward on the same inputs, so masks, positions and whatever else a model computes
 before its blocks are its own affair. What belongs to other stages is replaced:
 
-    modules before the blocks      stand-ins, whose output has the right shape and takes no memory
+    modules before the blocks      stand-ins, whose output has the right shape, holds NaN and takes no memory
     blocks before the stage's      skipped
     the stage's first block        is given the hidden states that the previous stage has sent
     the stage's last block         ends the forward: its output goes to the next stage
@@ -16,21 +16,23 @@ sharded or checkpointed like any module.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ..placement import said_again
 from .parts import Parts
 
 
 class StageEnd(Exception):  # no error: ends a forward
-    """Carries the hidden states after the last block of a stage out of the model's forward."""
+    """Carries the output of the last block of a stage out of the model's forward."""
 
-    def __init__(self, hidden: Tensor):
+    def __init__(self, output: Any):
         super().__init__()
-        self.hidden = hidden
+        self.output = output
 
 
 class StageBlocks(nn.ModuleList):
@@ -41,6 +43,8 @@ class StageBlocks(nn.ModuleList):
     Attributes:
         begin, end: the stage's blocks are [begin, end) of `total`.
         received: hidden states for the first block of the stage; None on the first stage.
+        extra: how many items a block returns beside the hidden states; None: it returns these alone, in no tuple.
+        seen: that, as the last block of the last forward has done it.
         last: True on the last stage, whose blocks are followed by the rest of the model.
         stop: after which block the forward ends, if not after the last one of the stage.
     """
@@ -51,6 +55,8 @@ class StageBlocks(nn.ModuleList):
             self.add_module(str(index), blocks[index])
         self.begin, self.end, self.total, self.last = begin, end, len(blocks), last
         self.received: Tensor | None = None
+        self.extra: int | None = None
+        self.seen: int | None = None
         self.stop: int | None = None
 
     def __len__(self) -> int:
@@ -72,8 +78,9 @@ class _Call:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         blocks, index = self._blocks, self._index
-        if not blocks.begin <= index < blocks.end:
-            return args[0] if args else kwargs["hidden_states"]  # skipped
+        if not blocks.begin <= index < blocks.end:  # skipped
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return hidden if blocks.extra is None else (hidden, *[None] * blocks.extra)
         if index == blocks.begin and blocks.received is not None:
             if args:
                 args = (blocks.received, *args[1:])
@@ -81,7 +88,7 @@ class _Call:
                 kwargs = {**kwargs, "hidden_states": blocks.received}
         output = self._module()(*args, **kwargs)
         if index == blocks.stop or (index == blocks.end - 1 and not blocks.last):
-            raise StageEnd(output[0] if isinstance(output, tuple) else output)
+            raise StageEnd(output)
         return output
 
     def _module(self) -> nn.Module:
@@ -112,22 +119,35 @@ class Elsewhere(nn.Module):
             ) from None
 
 
-class EmptyEmbedding(Elsewhere):
-    """Stands in for an embedding before the blocks: zeros [..., width] for any ids, which take no memory."""
+class Before(Elsewhere):
+    """Stands in for a module before the blocks: returns a tensor of the right shape that takes no memory.
 
-    def __init__(self, name: str, width: int, dtype: torch.dtype):
+    It holds NaN. Nothing but shape and dtype of it should count on this stage; what does shows in the loss.
+
+    Attributes:
+        width: last dimension of the module's output; None: that of its input.
+        like: an empty tensor of the output's dtype.
+    """
+
+    def __init__(self, name: str, width: int | None, dtype: torch.dtype):
         super().__init__(name)
-        self.width, self.dtype = width, dtype
+        self.width, self.like, self.fill = width, torch.empty(0, dtype=dtype), math.nan
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros((), dtype=self.dtype, device=ids.device).expand(*ids.shape, self.width)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.like = fn(self.like)  # a model that is cast is cast here, too
+        return super()._apply(fn, recurse)
 
-
-class PassThrough(Elsewhere):
-    """Stands in for another module before the blocks: returns its input."""
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return x
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if given is None:
+            raise TypeError(
+                f"pyshard.pp: {self.name} was called without a tensor; expected one, whose shape says how long the "
+                "sequence is. Give a pyshard.pp.Plan with modules that take the model's inputs."
+            )
+        shape: tuple[int, ...] = given.shape
+        if self.width is not None:  # of ids, or of hidden states
+            shape = (*(shape[:-1] if given.is_floating_point() else shape), self.width)
+        return torch.full((), self.fill, dtype=self.like.dtype, device=given.device).expand(shape)
 
 
 class Absent(Elsewhere):
@@ -152,7 +172,7 @@ class Stage(nn.Module):
         self.index, self.stages = index, stages
         self.begin, self.end = begin, end
         first, last = index == 0, index == stages - 1
-        self.blocks_name = parts.blocks
+        self.parts = parts
         replaced: dict[str, nn.Module] = {}
         for name in {**dict.fromkeys(parts.first), **dict.fromkeys(parts.last)}:
             if not (first and name in parts.first) and not (last and name in parts.last):
@@ -162,13 +182,22 @@ class Stage(nn.Module):
         replaced[parts.blocks] = StageBlocks(list(whole.children()), begin, end, last)
         self.model = _with(model, "", replaced)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with said_again(self):
+            return super()._apply(fn, recurse)
+
     @property
     def blocks(self) -> StageBlocks:
         """The stage's blocks."""
-        found = self.model.get_submodule(self.blocks_name)
+        found = self.model.get_submodule(self.parts.blocks)
         if not isinstance(found, StageBlocks):
-            raise TypeError(f"{self.blocks_name} of a pipeline stage is a {type(found).__name__}; expected its blocks")
+            raise TypeError(f"{self.parts.blocks} of a pipeline stage is a {type(found).__name__}; expected its blocks")
         return found
+
+    @property
+    def before(self) -> dict[str, nn.Module]:
+        """The modules before the blocks, or their stand-ins, by name."""
+        return {name: self.model.get_submodule(name) for name in self.parts.first}
 
     def forward(self, *hidden: Tensor, **inputs: Any) -> Tensor:
         blocks = self.blocks
@@ -176,10 +205,29 @@ class Stage(nn.Module):
         try:
             output = self.model(**inputs)
         except StageEnd as end:
-            return end.hidden
+            hidden_states, blocks.seen = hidden_of(end.output)
+            return hidden_states.contiguous()  # messages are
         finally:
             blocks.received = None
         return logits_of(output)
+
+
+def hidden_of(output: Any) -> tuple[Tensor, int | None]:
+    """The hidden states in what a block returns, and StageBlocks.extra."""
+    if isinstance(output, Tensor):
+        return output, None
+    if (
+        isinstance(output, tuple)
+        and output
+        and isinstance(output[0], Tensor)
+        and not any(x is not None for x in output[1:])
+    ):
+        return output[0], len(output) - 1
+    items = [type(x).__name__ for x in output] if isinstance(output, tuple) else type(output).__name__
+    raise TypeError(
+        f"pyshard.pp: a block returned {items}; expected one tensor of hidden states, alone or followed by None. What "
+        "else blocks hand to each other does not go between stages."
+    )
 
 
 def logits_of(output: Any) -> Tensor:
@@ -197,10 +245,9 @@ def logits_of(output: Any) -> Tensor:
 
 def stand_in(name: str, module: nn.Module) -> nn.Module:
     """What takes the place of a module before the blocks on stages that do not have it."""
-    width, weight = getattr(module, "embedding_dim", None), getattr(module, "weight", None)
-    if isinstance(width, int) and isinstance(weight, Tensor):
-        return EmptyEmbedding(name, width, weight.dtype)
-    return PassThrough(name)
+    width = getattr(module, "embedding_dim", None)
+    weight = next(module.parameters())
+    return Before(name, width if isinstance(width, int) else None, weight.dtype)
 
 
 def _with(module: nn.Module, name: str, replaced: dict[str, nn.Module]) -> nn.Module:

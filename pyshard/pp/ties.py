@@ -43,7 +43,9 @@ class Exchange:
 
     def __init__(self, ties: Sequence[Tie], params: dict[str, nn.Parameter], group: dist.ProcessGroup):
         self.group, self.rank = group, dist.get_rank(group)
-        self.ties = [(tie, params[tie.here], _TAGS + i) for i, tie in enumerate(ties) if tie.here is not None]
+        # Frozen ones are that on all ranks, which have agreed about it.
+        mine = ((tie, params[tie.here], _TAGS + i) for i, tie in enumerate(ties) if tie.here is not None)
+        self.ties = [each for each in mine if each[1].requires_grad]
         self.before: dict[nn.Parameter, Tensor] = {}
         self.expected: dict[str, tuple[dict[int, Tensor], list[dist.Work]]] = {}
         # Backends other than gloo know no tags, and would take the messages of the schedule for these.
