@@ -57,7 +57,8 @@ def pipeline(
             of forward and backward (needs `example`); or the number of blocks of each stage.
         stages_per_rank: None: 2 for the schedules with several stages, else 1.
         plan: which modules are used before and after the blocks. None: by the order in which they are registered.
-        example: inputs of the model by name, of a microbatch's size, for balance="time".
+        example: inputs of the model by name, of a microbatch's size, for balance="time"; also the target, if it is
+            not the first of them.
         loss_reduction: "mean": the loss is the mean over microbatches; "sum": it is their sum, for a loss_fn that sums
             and divides by a count of its own. (A mean over unequal numbers of tokens is not that of the whole batch.)
 
@@ -188,26 +189,38 @@ def _bounds(
     if balance == "parameters":
         return balancing.split(balancing.by_parameters(model, parts), stages)
 
+    inputs = dict(example or {})
+    target = inputs.pop("target", next((value for value in inputs.values() if isinstance(value, Tensor)), None))
+
     def loss(output: Tensor) -> Tensor:
-        if loss_fn is None:
-            return output.float().sum()
-        target = next(value for value in (example or {}).values() if isinstance(value, Tensor))
-        try:
-            return loss_fn(output, target)
-        except (TypeError, ValueError, RuntimeError):  # a target of another kind than the inputs
-            return output.float().sum()
+        return output.float().sum() if loss_fn is None else loss_fn(output, target)
 
     def wait() -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    costs = balancing.by_time(model, parts, example or {}, loss, wait)
-    values: list[Any] = [costs.values()]
+    problem: Exception | None = None
+    values: list[Any] = [[]]
+    try:
+        values = [balancing.by_time(model, parts, inputs, loss, wait).values()]
+    except Exception as error:
+        problem = error
     # One rank's times count, or the ranks of a stage would not hold the same blocks.
-    groups = mesh.get_all_groups() if isinstance(mesh, DeviceMesh) else [group]
-    for each in groups:
+    for each in mesh.get_all_groups() if isinstance(mesh, DeviceMesh) else [group]:
+        _raise_together(problem, each)
         dist.broadcast_object_list(values, group=each, group_src=0)
     return balancing.split(balancing.Costs.of(values[0]), stages)
+
+
+def _raise_together(problem: Exception | None, group: dist.ProcessGroup) -> None:
+    """Raises on all ranks of a group what one of them has met while it measured."""
+    every: list[Any] = [None] * group.size()
+    dist.all_gather_object(every, None if problem is None else f"{type(problem).__name__}: {problem}", group=group)
+    if problem is not None:
+        raise problem
+    for rank, text in zip(dist.get_process_group_ranks(group), every, strict=True):
+        if text is not None:
+            raise ValueError(f"{_WHO}: balance='time' failed on rank {rank}: {text}")
 
 
 # ---- tied weights ----

@@ -216,12 +216,7 @@ def hidden_of(output: Any) -> tuple[Tensor, int | None]:
     """The hidden states in what a block returns, and StageBlocks.extra."""
     if isinstance(output, Tensor):
         return output, None
-    if (
-        isinstance(output, tuple)
-        and output
-        and isinstance(output[0], Tensor)
-        and not any(x is not None for x in output[1:])
-    ):
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and all(x is None for x in output[1:]):
         return output[0], len(output) - 1
     items = [type(x).__name__ for x in output] if isinstance(output, tuple) else type(output).__name__
     raise TypeError(
