@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,6 +144,18 @@ def said_again(module: nn.Module) -> Iterator[None]:
         if param is not None and param is not old:
             owner._parameters[key] = param = new.setdefault(id(old), param)
             carry_over(old, param)
+
+
+class Keeping(nn.Module):
+    """A module whose parameters stay what they are said to be, whatever takes their places."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with said_again(self):
+            return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with said_again(self):
+            super()._load_from_state_dict(*args, **kwargs)
 
 
 def carry_over(old: Tensor, new: Tensor) -> None:

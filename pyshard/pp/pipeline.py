@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..comm import PeerError
 from ..comm.notes import Notes, abort
-from ..placement import pipeline_share, said_again, tensor_shard
+from ..placement import Keeping, pipeline_share, said_again, tensor_shard
 from ..tp.splits import split_sizes
 from . import probe
 from .runtime import Run, Settings
@@ -47,7 +47,7 @@ class Output(NamedTuple):
     logits: Tensor | None
 
 
-class Pipeline(nn.Module):
+class Pipeline(Keeping):
     """This rank's stages of a model, and training steps of all ranks. Made by pyshard.pp.pipeline().
 
     Names of parameters, buffers and of the state_dict() are those of the whole model; what is on other stages is not
@@ -97,10 +97,6 @@ class Pipeline(nn.Module):
                 if key not in seen:
                     seen.add(key)
                     yield name, value
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        with said_again(self):  # stages of one rank may share a weight
-            return super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The part of the whole model's state_dict that this rank's stages hold."""

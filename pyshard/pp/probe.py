@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .stage import Before, Stage
+from .stage import Before, Extra, Stage
 
 
 class Found(NamedTuple):
@@ -18,13 +18,13 @@ class Found(NamedTuple):
     Attributes:
         shape, dtype: of hidden states after the first block.
         extra: StageBlocks.extra.
-        before: last dimension and dtype of what each module before the blocks returns.
+        before: shape, as Before.pattern, and dtype of what each module before the blocks returns.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    extra: int | None
-    before: dict[str, tuple[int, torch.dtype]]
+    extra: Extra
+    before: dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def first_block(stages: Sequence[Stage], inputs: dict[str, Any]) -> Found | None:
@@ -32,8 +32,9 @@ def first_block(stages: Sequence[Stage], inputs: dict[str, Any]) -> Found | None
     stage = next((stage for stage in stages if stage.index == 0), None)
     if stage is None:
         return None
-    before: dict[str, tuple[int, torch.dtype]] = {}
-    handles = [module.register_forward_hook(_listener(name, before)) for name, module in stage.before.items()]
+    before: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    lead = next(tuple(value.shape) for value in inputs.values() if isinstance(value, Tensor))
+    handles = [module.register_forward_hook(_listener(name, lead, before)) for name, module in stage.before.items()]
     blocks = stage.blocks
     blocks.stop = blocks.begin
     try:
@@ -45,10 +46,12 @@ def first_block(stages: Sequence[Stage], inputs: dict[str, Any]) -> Found | None
     return Found(tuple(hidden.shape), hidden.dtype, blocks.seen, before)
 
 
-def _listener(name: str, before: dict[str, tuple[int, torch.dtype]]) -> Any:
+def _listener(name: str, lead: tuple[int, ...], before: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and output.dim():
-            before[name] = output.shape[-1], output.dtype
+            # The last dimension is the width of hidden states; those before it come from the input, or are 1.
+            places = [-1 - i if i < len(lead) and size == lead[i] else size for i, size in enumerate(output.shape[:-1])]
+            before[name] = (*places, output.shape[-1]), output.dtype
 
     return hook
 
@@ -64,8 +67,8 @@ def try_stages(stages: Sequence[Stage], inputs: dict[str, Any], known: Found, de
         stage.blocks.extra = known.extra
         for name, module in stage.before.items():
             if isinstance(module, Before) and name in known.before:
-                width, dtype = known.before[name]
-                module.width, module.like = width, module.like.to(dtype)
+                pattern, dtype = known.before[name]
+                module.pattern, module.like = pattern, module.like.to(device, dtype)
         if stage.index == 0:
             continue
         hidden = torch.zeros(known.shape, dtype=known.dtype, device=device)
@@ -74,16 +77,18 @@ def try_stages(stages: Sequence[Stage], inputs: dict[str, Any], known: Found, de
                 if stage(hidden, **inputs).isnan().any():
                     continue  # the model's own
             names = [name for name, module in stage.before.items() if isinstance(module, Before)]
+            names += ["what blocks return beside hidden states"] * any(shape is not None for shape in known.extra or ())
             raise ValueError(
-                f"pyshard.pp: what stage {stage.index} computes depends on the output of {', '.join(names)}, which is "
-                "on the first stage, beside the hidden states; expected a model whose blocks and head read nothing "
-                "else of what is computed before the blocks. Such a model cannot be cut into stages."
+                f"pyshard.pp: what stage {stage.index} computes depends on the output of {' or '.join(names)}, on the "
+                "first stage, beside the hidden states; expected blocks and a head that read nothing else of what is "
+                "computed before the blocks. If one of these modules is used after the blocks, say so: "
+                "plan=pyshard.pp.Plan(blocks, first, last). Otherwise the model cannot be cut into stages."
             )
 
 
 @contextmanager
 def _zeros(stage: Stage) -> Iterator[None]:
-    modules = [module for module in stage.before.values() if isinstance(module, Before)]
+    modules: list[Any] = [stage.blocks, *(module for module in stage.before.values() if isinstance(module, Before))]
     kept = [module.fill for module in modules]
     for module in modules:
         module.fill = 0.0

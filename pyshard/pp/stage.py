@@ -23,8 +23,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..placement import said_again
+from ..placement import Keeping
 from .parts import Parts
+
+# What a block returns beside its hidden states: see StageBlocks.
+Extra = tuple[tuple[int, ...] | None, ...] | None
 
 
 class StageEnd(Exception):  # no error: ends a forward
@@ -43,7 +46,8 @@ class StageBlocks(nn.ModuleList):
     Attributes:
         begin, end: the stage's blocks are [begin, end) of `total`.
         received: hidden states for the first block of the stage; None on the first stage.
-        extra: how many items a block returns beside the hidden states; None: it returns these alone, in no tuple.
+        extra: what a block returns beside the hidden states: the shape of each tensor, and None for other items; None:
+            it returns these alone, in no tuple. Skipped blocks return NaN in its place: see Before.
         seen: that, as the last block of the last forward has done it.
         last: True on the last stage, whose blocks are followed by the rest of the model.
         stop: after which block the forward ends, if not after the last one of the stage.
@@ -55,8 +59,9 @@ class StageBlocks(nn.ModuleList):
             self.add_module(str(index), blocks[index])
         self.begin, self.end, self.total, self.last = begin, end, len(blocks), last
         self.received: Tensor | None = None
-        self.extra: int | None = None
-        self.seen: int | None = None
+        self.extra: Extra = None
+        self.seen: Extra = None
+        self.fill = math.nan
         self.stop: int | None = None
 
     def __len__(self) -> int:
@@ -80,7 +85,11 @@ class _Call:
         blocks, index = self._blocks, self._index
         if not blocks.begin <= index < blocks.end:  # skipped
             hidden = args[0] if args else kwargs["hidden_states"]
-            return hidden if blocks.extra is None else (hidden, *[None] * blocks.extra)
+            if blocks.extra is None:
+                return hidden
+            return hidden, *(
+                None if shape is None else hidden.new_full((), blocks.fill).expand(shape) for shape in blocks.extra
+            )
         if index == blocks.begin and blocks.received is not None:
             if args:
                 args = (blocks.received, *args[1:])
@@ -125,29 +134,40 @@ class Before(Elsewhere):
     It holds NaN. Nothing but shape and dtype of it should count on this stage; what does shows in the loss.
 
     Attributes:
-        width: last dimension of the module's output; None: that of its input.
+        width: last dimension of the module's output, as far as the module tells it; None: that of its input.
+        pattern: each dimension of the output: a number, or where it stands in the shape of the model's first input,
+            counted from -1 backwards. Known after a trial (probe.py); until then the arguments tell the shape.
         like: an empty tensor of the output's dtype.
+        lead: shape of the model's first input in this forward.
     """
 
     def __init__(self, name: str, width: int | None, dtype: torch.dtype):
         super().__init__(name)
         self.width, self.like, self.fill = width, torch.empty(0, dtype=dtype), math.nan
+        self.pattern: tuple[int, ...] | None = None
+        self.lead: tuple[int, ...] = ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.like = fn(self.like)  # a model that is cast is cast here, too
         return super()._apply(fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.pattern is not None:
+            shape = tuple(self.lead[-1 - each] if each < 0 else each for each in self.pattern)
+            return self._empty(shape, self.like.device)
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if given is None:
             raise TypeError(
                 f"pyshard.pp: {self.name} was called without a tensor; expected one, whose shape says how long the "
                 "sequence is. Give a pyshard.pp.Plan with modules that take the model's inputs."
             )
-        shape: tuple[int, ...] = given.shape
+        shape = tuple(given.shape)
         if self.width is not None:  # of ids, or of hidden states
             shape = (*(shape[:-1] if given.is_floating_point() else shape), self.width)
-        return torch.full((), self.fill, dtype=self.like.dtype, device=given.device).expand(shape)
+        return self._empty(shape, given.device)
+
+    def _empty(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.full((), self.fill, dtype=self.like.dtype, device=device).expand(shape)
 
 
 class Absent(Elsewhere):
@@ -157,7 +177,7 @@ class Absent(Elsewhere):
         raise RuntimeError(f"{self.name} is on the last stage of the pipeline, and was called on another one")
 
 
-class Stage(nn.Module):
+class Stage(Keeping):
     """Blocks [begin, end) of a model with what belongs to them; the first stage has the embeddings, the last the head.
 
     Its `model` has the structure and names of the whole one.
@@ -182,10 +202,6 @@ class Stage(nn.Module):
         replaced[parts.blocks] = StageBlocks(list(whole.children()), begin, end, last)
         self.model = _with(model, "", replaced)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        with said_again(self):
-            return super()._apply(fn, recurse)
-
     @property
     def blocks(self) -> StageBlocks:
         """The stage's blocks."""
@@ -202,6 +218,10 @@ class Stage(nn.Module):
     def forward(self, *hidden: Tensor, **inputs: Any) -> Tensor:
         blocks = self.blocks
         blocks.received = hidden[0] if hidden else None
+        lead = next((tuple(value.shape) for value in inputs.values() if isinstance(value, Tensor)), ())
+        for module in self.before.values():
+            if isinstance(module, Before):
+                module.lead = lead
         try:
             output = self.model(**inputs)
         except StageEnd as end:
@@ -212,16 +232,15 @@ class Stage(nn.Module):
         return logits_of(output)
 
 
-def hidden_of(output: Any) -> tuple[Tensor, int | None]:
-    """The hidden states in what a block returns, and StageBlocks.extra."""
+def hidden_of(output: Any) -> tuple[Tensor, Extra]:
+    """The hidden states in what a block returns, and what else is there (StageBlocks.extra)."""
     if isinstance(output, Tensor):
         return output, None
-    if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and all(x is None for x in output[1:]):
-        return output[0], len(output) - 1
-    items = [type(x).__name__ for x in output] if isinstance(output, tuple) else type(output).__name__
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        return output[0], tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in output[1:])
     raise TypeError(
-        f"pyshard.pp: a block returned {items}; expected one tensor of hidden states, alone or followed by None. What "
-        "else blocks hand to each other does not go between stages."
+        f"pyshard.pp: a block returned a {type(output).__name__}; expected a tensor of hidden states, or a tuple that "
+        "begins with one."
     )
 
 
