@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.agree import objects
 from ..kernels.launch import local_tensor
 from ..placement import PipelineShare, set_pipeline_share
 from . import balance as balancing
+from .inputs import input_names
 from .parts import Plan, parts_of
-from .pipeline import Pipeline, input_names
+from .pipeline import Pipeline
 from .runtime import Settings
 from .schedules import check, kind_of, ranks_of_stages
 from .stage import Absent, Stage, StageBlocks
@@ -208,14 +210,14 @@ def _bounds(
     # One rank's times count, or the ranks of a stage would not hold the same blocks.
     for each in mesh.get_all_groups() if isinstance(mesh, DeviceMesh) else [group]:
         _raise_together(problem, each)
-        dist.broadcast_object_list(values, group=each, group_src=0)
+        values = objects(_WHO, each, "times of the blocks", values)[0]
     return balancing.split(balancing.Costs.of(values[0]), stages)
 
 
 def _raise_together(problem: Exception | None, group: dist.ProcessGroup) -> None:
     """Raises on all ranks of a group what one of them has met while it measured."""
-    every: list[Any] = [None] * group.size()
-    dist.all_gather_object(every, None if problem is None else f"{type(problem).__name__}: {problem}", group=group)
+    mine = None if problem is None else f"{type(problem).__name__}: {problem}"
+    every = objects(_WHO, group, "measurement of the blocks", mine)
     if problem is not None:
         raise problem
     for rank, text in zip(dist.get_process_group_ranks(group), every, strict=True):
@@ -280,9 +282,8 @@ def _take_apart(model: nn.Module, parts: Plan) -> None:
 def _agree(model: nn.Module, options: str, problem: Exception | None, group: dist.ProcessGroup) -> None:
     """Raises on all ranks if one of them has a problem, other options or a model of other shapes."""
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
-    every: list[Any] = [None] * group.size()
     mine = (None if problem is None else str(problem), options, shapes)
-    dist.all_gather_object(every, mine, group=group)
+    every = objects(_WHO, group, "making of a pipeline", mine)
     if problem is not None:
         raise problem
     ranks = dist.get_process_group_ranks(group)
@@ -309,8 +310,7 @@ def _check_tied(model: nn.Module, holders: _Holders, group: dist.ProcessGroup) -
         if len(stages) > 1 and not param.is_meta:
             value = local_tensor(param.detach()).contiguous().cpu()
             digests[name] = hashlib.sha1(value.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-    every: list[Any] = [None] * group.size()
-    dist.all_gather_object(every, digests, group=group)
+    every = objects(_WHO, group, "comparison of tied weights", digests)
     ranks = dist.get_process_group_ranks(group)
     for rank, theirs in zip(ranks, every, strict=True):
         differing = next((name for name in digests if theirs.get(name) != digests[name]), None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
+import pickle
 import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -16,19 +17,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..comm import PeerError
+from ..comm.agree import exchange
 from ..comm.notes import Notes, abort
 from ..placement import Keeping, pipeline_share, said_again, tensor_shard
 from ..tp.splits import split_sizes
 from . import probe
+from .inputs import bind, contents, cut_along_batch, signature
 from .runtime import Run, Settings
 from .stage import Stage
-from .ties import Exchange, Tie
+from .ties import Sums, Tie
 
 # Shapes of inputs for which stages and receive buffers are kept. Training and evaluation are different ones.
 _KEPT = 8
 _WHO = "pyshard.pp.Pipeline"
 # torch raises errors of a stage's module from errors of its own, which begin so.
 _TORCHS = re.compile(r"\s*(\[Stage \d+\] failed to run forward|Failed to run stage backward)")
+
+_CALL = struct.Struct("<IqIqq")  # CRC of the call, a problem, CRC of inputs, ties that are trained, and frozen ones
 
 T = TypeVar("T")
 
@@ -175,13 +180,14 @@ class Pipeline(Keeping):
             raise RuntimeError(f"{who}: an earlier step failed ({self._failed}); start all ranks again.")
         backward, problem, inputs, cuts = call == "step", None, {}, {}
         try:
-            inputs = self._bind(args, kwargs)
-            cuts = self._cuts(who, inputs, target)
+            inputs = bind(who, self.settings.names, args, kwargs)
+            cuts = cut_along_batch(who, inputs, target, self.settings.microbatches)
         except (TypeError, ValueError) as error:
             problem = error
         autocast, dtype = self._mode()
-        key = (call, autocast, _signature({**inputs, "target": target}))
-        self._agree(who, key, _contents({**inputs, "target": target}), problem)
+        given = {**inputs, "target": target}
+        key = (call, autocast, signature(given))
+        self._agree(who, key, contents(given), problem)
         run = self._runs.get((key, dtype))
         if run is None:
             run = self._make_run(inputs, cuts, target is not None)
@@ -191,10 +197,10 @@ class Pipeline(Keeping):
         run.scaler, run.raw = scaler, []
         try:
             if backward:
-                with Exchange(self.ties, dict(self.named_parameters(remove_duplicate=False)), self.group) as exchange:
+                with Sums(self.ties, dict(self.named_parameters(remove_duplicate=False)), self.group) as sums:
                     logits = run(inputs, target, True, return_logits)
                     run.doing.operation, run.doing.computing = "sum of the gradients of tied weights", False
-                    exchange()
+                    sums()
                 self._done()
             else:
                 logits = run(inputs, target, False, return_logits)
@@ -243,64 +249,23 @@ class Pipeline(Keeping):
             raise error
         raise self._notes.error(operation, error) from error
 
-    # ---- inputs ----
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs by name."""
-        if len(args) > len(self.settings.names):
-            raise TypeError(
-                f"{_WHO}: {len(args)} inputs; expected at most {len(self.settings.names)}: "
-                f"{', '.join(self.settings.names)}."
-            )
-        inputs = dict(zip(self.settings.names, args, strict=False))
-        twice = [name for name in kwargs if name in inputs]
-        if twice:
-            raise TypeError(f"{_WHO}: {', '.join(twice)} was given twice, by place and by name; expected once.")
-        return inputs | kwargs
-
-    def _cuts(self, who: str, inputs: dict[str, Any], target: Tensor | None) -> dict[str, bool]:
-        """Which inputs are cut along the batch."""
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        if not tensors or not next(iter(tensors.values())).dim():
-            raise ValueError(f"{who}: no tensor [batch, ...] among the inputs {list(inputs)}; expected one.")
-        first, batch = next((name, value.shape[0]) for name, value in tensors.items())
-        n = self.settings.microbatches
-        if batch % n or batch == 0:
-            raise ValueError(
-                f"{who}: {first} has a batch of {batch}; expected a multiple of n_microbatches={n}. Change one of them."
-            )
-        asking = [name for name, value in tensors.items() if value.requires_grad]
-        if asking:
-            raise ValueError(
-                f"{who}: {', '.join(asking)} requires a gradient; expected inputs that do not, since every stage gets "
-                "them anew. Make what is trained a parameter of the model."
-            )
-        if target is not None and (not isinstance(target, Tensor) or target.shape[:1] != (batch,)):
-            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise ValueError(f"{who}: target is {got}; expected a tensor with the batch of {batch} first, as {first}.")
-        return {n: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == batch for n, v in inputs.items()}
+    # ---- agreement ----
 
     def _param(self, name: str) -> nn.Parameter:
         return next(param for known, param in self.named_parameters(remove_duplicate=False) if known == name)
 
-    def _agree(self, who: str, key: Any, contents: int, problem: Exception | None) -> None:
+    def _agree(self, who: str, key: Any, inputs: int, problem: Exception | None) -> None:
         """Raises on all ranks if one has a problem or another call; nothing has been sent to a stage then."""
         trained = [None if tie.here is None else self._param(tie.here).requires_grad for tie in self.ties]
         masks = [sum(1 << i for i, found in enumerate(trained) if found is want) for want in (True, False)]
-        values = [zlib.crc32(repr(key).encode()), problem is not None, contents, *masks]
-        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
-        every = [torch.empty_like(mine) for _ in range(self.group.size())]
-        try:
-            dist.all_gather(every, mine, group=self.group)
-        except RuntimeError as error:
-            self._failed = "agreement of the ranks"
-            raise self._notes.error(f"agreement of the ranks in {who}", error) from error
-        heard = [each.tolist() for each in every]
+        mine = _CALL.pack(zlib.crc32(repr(key).encode()), problem is not None, inputs, *masks)
+        heard = [_CALL.unpack(one) for one in self._exchange("call of a pipeline", mine, who)]
         digests, bad, all_contents, yes, no = zip(*heard, strict=True)
         both = functools.reduce(operator.or_, yes) & functools.reduce(operator.or_, no)
         if not any(bad) and not both and len(set(digests)) == 1 and len(set(all_contents)) == 1:
             return
-        said = self._gather(f"agreement of the ranks in {who}", (repr(key), None if problem is None else f"{problem}"))
+        text = pickle.dumps((repr(key), None if problem is None else f"{problem}"))
+        said = [pickle.loads(one) for one in self._exchange("differences of a pipeline's calls", text, who)]
         if problem is not None:
             raise problem
         ranks = dist.get_process_group_ranks(self.group)
@@ -385,7 +350,8 @@ class Pipeline(Keeping):
             result = mine()
         except Exception as error:
             problem = error
-        every = self._gather(operation, (result, None if problem is None else f"{type(problem).__name__}: {problem}"))
+        payload = pickle.dumps((result, None if problem is None else f"{type(problem).__name__}: {problem}"))
+        every = [pickle.loads(one) for one in self._exchange(operation, payload)]
         if problem is not None:
             raise problem
         for rank, (_, text) in zip(dist.get_process_group_ranks(self.group), every, strict=True):
@@ -393,14 +359,12 @@ class Pipeline(Keeping):
                 raise PeerError(f"{_WHO}: rank {rank} failed in {operation}: {text}", rank, operation)
         return [value for value, _ in every]
 
-    def _gather(self, operation: str, value: Any) -> list[Any]:
-        every: list[Any] = [None] * self.group.size()
+    def _exchange(self, operation: str, payload: bytes, detail: str = "") -> list[bytes]:
         try:
-            dist.all_gather_object(every, value, group=self.group)
-        except RuntimeError as error:
-            self._failed = operation
-            raise self._notes.error(operation, error) from error
-        return every
+            return exchange(_WHO, self.group, operation, payload, detail=detail)
+        except PeerError as error:
+            self._failed = f"{error}"
+            raise
 
     def explain(self) -> str:
         """Which rank has which blocks, and the schedule."""
@@ -414,33 +378,3 @@ class Pipeline(Keeping):
         for tie in self.ties:
             lines.append(f"  {tie.name} is on ranks {[ranks[r] for r in tie.ranks]}; its gradients are added up")
         return "\n".join(lines)
-
-
-def _signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What must be the same on all ranks and for one Run: shapes and dtypes of tensors, other values if plain."""
-
-    def of(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
-        return tuple(value.shape), str(value.dtype)
-
-    return tuple((name, of(inputs[name])) for name in sorted(inputs))
-
-
-def _contents(inputs: Mapping[str, Any]) -> int:
-    """A checksum of the integers among the inputs that are on the CPU, such as token ids.
-
-    It finds a loader that gives each rank of a pipeline another batch.
-    """
-    found = 0
-    for name in sorted(inputs):
-        value = inputs[name]
-        if isinstance(value, Tensor) and value.device.type == "cpu" and not value.is_floating_point():
-            found = zlib.crc32(value.contiguous().numpy().tobytes(), found)
-    return found
-
-
-def input_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the inputs of a model that can be given by place."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)

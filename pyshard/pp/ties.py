@@ -1,6 +1,6 @@
 """Parameters that several ranks of a pipeline hold, such as an embedding whose weight also makes the logits.
 
-Each copy gets the gradient of its own uses; an Exchange makes all of them the sum, added in the order of the ranks, so
+Each copy gets the gradient of its own uses; Sums makes all of them the sum, added in the order of the ranks, so
 that the copies stay the same bit for bit.
 """
 
@@ -34,7 +34,7 @@ class Tie:
     ranks: list[int]
 
 
-class Exchange:
+class Sums:
     """One step's sums of the gradients of tied parameters. Made on all ranks before the step's first microbatch.
 
     As a context: gradients of tied parameters begin anew inside; on leaving, what they were before is added. What
@@ -86,7 +86,7 @@ class Exchange:
             work.wait()
         return parts
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> Sums:
         for _, param, _ in self.ties:
             if param.grad is not None:
                 self.before[param] = param.grad
