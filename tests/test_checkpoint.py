@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -315,6 +316,48 @@ def test_groups_names_and_tensor_rates(seed: int, tmp_path: Path) -> None:
     assert later.last_epoch == 1
 
 
+def test_hyperparameters_of_dicts_and_lists(seed: int, tmp_path: Path) -> None:
+    model, optimizer = pair(seed)
+    extra = {"a": 1, "b": [torch.ones(2), torch.zeros(1), {"c": (1, 2)}], "d": {"e": torch.tensor(3.0)}, "f": [1, 2]}
+    optimizer.param_groups[0]["extra"] = copy.deepcopy(extra)
+    save_checkpoint(tmp_path, model, optimizer)
+    other, again = pair(seed + 1)
+    load_checkpoint(tmp_path, other, again)
+    found = again.param_groups[0]["extra"]
+    assert_same_bits(found["b"][0], extra["b"][0])  # type: ignore[index]
+    assert_same_bits(found["b"][1], extra["b"][1])  # type: ignore[index]
+    assert (found["a"], found["b"][2:], found["d"], found["f"]) == (1, [{"c": (1, 2)}], {"e": 3.0}, [1, 2])
+    for odd, message in (
+        ({"x": [{7: 1}]}, r"\[0\] in \['x'\] in extra of group 0 .*key 7 \(int\)"),
+        ({}, "an empty dict"),
+    ):
+        optimizer.param_groups[0]["extra"] = odd
+        with pytest.raises(ValueError, match=message + r".*expected dicts with strings.*Nothing was written"):
+            save_checkpoint(tmp_path / "new", model, optimizer)
+
+
+@pytest.mark.parametrize("target", ["bf16 split", "bf16 master"])
+@pytest.mark.parametrize("cls", [pyshard.AdamW, torch.optim.AdamW])
+def test_fp32_weights_are_the_masters_of_a_16_bit_model(seed: int, tmp_path: Path, target: str, cls: Any) -> None:
+    """All bits of them, but for one half-way between two bf16, which moves by one step of fp32."""
+    model = Network(seed)
+    optimizer = cls(model.parameters(), lr=0.01)
+    train(model, optimizer, seed)
+    save_checkpoint(tmp_path, model, optimizer)
+    other, again = pair(seed + 1, target)
+    load_checkpoint(tmp_path, other, again)
+    masters = again.state_dict()["state"]
+    found = 0
+    for index, (p, q) in enumerate(zip(model.parameters(), other.parameters(), strict=True)):
+        assert_same_bits(q.detach(), p.detach().to(q.dtype))
+        if index in masters and q.dtype == BF16:
+            found += 1
+            bits, expected = (x.detach().contiguous().view(torch.int32) for x in (masters[index]["master"], p))
+            tie = (expected & 0xFFFF) == 0x8000
+            assert torch.equal(bits[~tie], expected[~tie]) and not ((bits - expected).abs() > 1).any()
+    assert found > 3
+
+
 def test_the_model_alone(seed: int, tmp_path: Path) -> None:
     model, optimizer = pair(seed)
     train(model, optimizer, seed)
@@ -391,15 +434,29 @@ def test_extra_values(seed: int, tmp_path: Path) -> None:
     assert found == values
 
 
+PLAIN = "Pass its state_dict(), or a plain form of it."
+
+
 @pytest.mark.parametrize(
-    "value", [lambda: 0, Path("a"), object(), nn.Linear(1, 1)], ids=["lambda", "path", "object", "module"]
+    ("value", "what", "instead"),
+    [
+        (lambda: 0, "mine (function)", PLAIN),
+        (object(), "mine (object)", PLAIN),
+        (nn.Linear(1, 1), "mine (torch.nn.modules.linear.Linear)", PLAIN),
+        (Path("a"), "mine (pathlib.PosixPath)", "Pass str() of it."),
+        (np.random.get_state(), "mine[1] (numpy.ndarray)", "Pass torch.from_numpy() of it."),
+        ({"a": [1, np.float32(2)]}, "mine['a'][1] (numpy.float32)", "Pass its item()."),
+    ],
+    ids=["lambda", "object", "module", "path", "numpy state", "numpy number"],
 )
-def test_extra_values_that_could_not_be_loaded(seed: int, tmp_path: Path, value: Any) -> None:
+def test_extra_values_that_could_not_be_loaded(seed: int, tmp_path: Path, value: Any, what: str, instead: str) -> None:
     model, optimizer = pair(seed)
-    with pytest.raises(
-        TypeError, match=r"save_checkpoint: the extra value mine \(.*cannot be loaded.*Nothing was written"
-    ):
+    with pytest.raises(TypeError) as error:
         save_checkpoint(tmp_path / "new", model, optimizer, fine=1, mine=value)
+    assert str(error.value) == (
+        f"pyshard.save_checkpoint: the extra value {what} cannot be loaded again by torch.load(weights_only=True). "
+        f"Expected tensors, numbers, strings, and lists, tuples and dicts of them. {instead} Nothing was written."
+    )
     assert not (tmp_path / "new").exists()
 
 

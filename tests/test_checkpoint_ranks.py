@@ -479,6 +479,42 @@ def test_a_killed_rank(tmp_path: Path, victim: int, when: str) -> None:
     assert torch.equal(model[3], torch.full((50, 3), 3.0))
 
 
+def _factored(rank: int, world: int, root: str) -> list[str]:
+    """State that is no value per element, of a sharded model and into one."""
+    mesh = init_device_mesh("cpu", (world,))
+
+    def made(sharded: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+        if sharded:
+            fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for param in model.parameters():
+            optimizer.state[param] = {"rows": torch.ones(3, 1)}
+        return model, optimizer
+
+    said = []
+    save_checkpoint(f"{root}/whole", *made(False))
+    load_checkpoint(f"{root}/whole", *made(False))
+    for call in (
+        lambda: save_checkpoint(f"{root}/cut", *made(True)),
+        lambda: load_checkpoint(f"{root}/whole", *made(True)),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_state_that_cannot_be_cut(tmp_path: Path) -> None:
+    for outcome in run(_factored, 2, str(tmp_path)):
+        saved, loaded = outcome.value
+        assert "which is a DTensor, has shape" in saved and "Nothing was written" in saved
+        assert "of which this rank holds a part" in loaded and "Nothing was changed" in loaded
+        assert "expected a value per element" in saved and "expected a value per element" in loaded
+
+
 def _slow(rank: int, world: int, root: str, slow: int, stopped: bool) -> tuple[str, int | None]:
     """One rank takes several timeouts of the process group to write: at work, or stopped as a whole."""
     group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=1.5))
