@@ -26,11 +26,11 @@ from torch import Tensor
 from . import notes
 from .transport import PeerError
 
-_FRAME = 512  # bytes
+FRAME = 512  # bytes
 _MAGIC = b"pyshard1"
 _HEAD = struct.Struct("<8sIIQ")  # magic, CRCs of the operation and of the content, length of the content
 _TEXT = 136  # bytes of the operation, and of details, that errors show
-_ROOM = _FRAME - _HEAD.size - _TEXT
+_ROOM = FRAME - _HEAD.size - _TEXT
 _TAG = (
     2048  # tags of messages start here; those of full sharding at 4096, of ties at 8192, of pipelines' schedules at 0
 )
@@ -69,13 +69,13 @@ def exchange(
     text = f"{operation} ({detail})" if detail else operation
     frame = head + text.encode()[:_TEXT].ljust(_TEXT, b"\0") + payload[:_ROOM].ljust(_ROOM, b"\0")
     ours = notes.Notes(who, group, hint)
-    if (ended := ours.ended(text)) is not None:
+    if (ended := ours.ended(operation)) is not None:
         raise ended
     try:
         frames = _gather(group, frame, 0, seconds)
         heads = [_HEAD.unpack_from(one) for one in frames]
-        if len({(magic, operation) for magic, operation, *_ in heads}) > 1:
-            raise _differ(ours, frames, heads)
+        if len({(magic, crc) for magic, crc, *_ in heads}) > 1:
+            raise _differ(ours, operation, frames, heads)
         lengths = [length for *_, length in heads]
         heard = [one[_HEAD.size + _TEXT :] for one in frames]
         if max(lengths) > _ROOM:
@@ -84,11 +84,13 @@ def exchange(
     except PeerError:
         raise
     except RuntimeError as error:
-        raise ours.error(text, error) from error
+        raise ours.error(operation, error) from error
     heard = [one[:length] for one, length in zip(heard, lengths, strict=True)]
     for rank, one, (_, _, crc, _) in zip(ours.ranks, heard, heads, strict=True):
         if zlib.crc32(one) != crc:
-            raise PeerError(f"{who}: {text}: the message of rank {rank} has come damaged. {hint}".strip(), rank, text)
+            raise PeerError(
+                f"{who}: {operation}: the message of rank {rank} has come damaged. {hint}".strip(), rank, operation
+            )
     return heard
 
 
@@ -113,7 +115,7 @@ def _known(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return found
 
 
-def _differ(ours: notes.Notes, frames: list[bytes], heads: list[tuple[Any, ...]]) -> PeerError:
+def _differ(ours: notes.Notes, operation: str, frames: list[bytes], heads: list[tuple[Any, ...]]) -> PeerError:
     """The same error on all ranks, but for the rank to blame: the one that is alone in its operation."""
     where: dict[Any, list[int]] = {}
     texts: dict[Any, str] = {}
@@ -122,7 +124,7 @@ def _differ(ours: notes.Notes, frames: list[bytes], heads: list[tuple[Any, ...]]
         where.setdefault(key, []).append(rank)
         text = frame[_HEAD.size : _HEAD.size + _TEXT].rstrip(b"\0").decode(errors="replace")
         texts.setdefault(key, text if magic == _MAGIC else "another version of pyshard")
-    return ours.mismatch({texts[key]: ranks for key, ranks in where.items()})
+    return ours.mismatch(operation, {texts[key]: ranks for key, ranks in where.items()})
 
 
 def _gather(group: dist.ProcessGroup, message: bytes, tag: int, seconds: float | None) -> list[bytes]:

@@ -109,12 +109,11 @@ class Notes:
         self._tell_other_groups(operation, found)
         return found
 
-    def mismatch(self, where: dict[str, list[int]]) -> PeerError:
+    def mismatch(self, operation: str, where: dict[str, list[int]]) -> PeerError:
         """The error of ranks that have found themselves in different operations, each with its ranks; on all of them.
 
         Connections in this group stay as they are. Other groups are told.
         """
-        operation = next(name for name, ranks in where.items() if self.rank in ranks)
         alone = [ranks[0] for ranks in where.values() if len(ranks) == 1]
         others = [rank for rank in self.ranks if rank != self.rank]
         rank = alone[0] if len(alone) == 1 else others[0] if len(others) == 1 else None
@@ -242,6 +241,19 @@ def know(group: dist.ProcessGroup) -> None:
     """Has failures of other groups be told to this one, of more than one rank."""
     if group.size() > 1:
         _groups.add(group)
+
+
+def suspect(operation: str, error: BaseException) -> None:
+    """Leaves word in all known groups that this rank has failed by itself in an operation without the others.
+
+    Whoever misses it later reads so, unless another failure of this rank comes before that.
+    """
+    end = time.monotonic() + SECONDS
+    for group in list(_groups):
+        ours = Notes("", group)
+        note = _Note(ours.rank, FAILED, operation, f"{type(error).__name__}: {error}", ours.rank)
+        count = _failures.get(group, 0) + 1  # that of the next failure
+        _bounded(lambda ours=ours, note=note, count=count: ours._write(count, note), end)  # type: ignore[misc]
 
 
 def abort(group: dist.ProcessGroup) -> None:
