@@ -137,13 +137,17 @@ def said_again(module: nn.Module) -> Iterator[None]:
     A move from the meta device and load_state_dict(assign=True) make new parameters. For `_apply` and the like.
     """
     places = [(m, key, p) for m in module.modules() for key, p in m._parameters.items() if p is not None]
+    said = [torch.empty(0) for _ in places]  # a move of a DTensor swaps what is in the object, its attributes, too
+    for (_, _, old), kept in zip(places, said, strict=True):
+        carry_over(old, kept)
     yield
     new: dict[int, nn.Parameter] = {}
-    for owner, key, old in places:
+    for (owner, key, old), kept in zip(places, said, strict=True):
         param = owner._parameters[key]
-        if param is not None and param is not old:
-            owner._parameters[key] = param = new.setdefault(id(old), param)
-            carry_over(old, param)
+        if param is not None:
+            if param is not old:
+                owner._parameters[key] = param = new.setdefault(id(old), param)
+            carry_over(kept, param)
 
 
 class Keeping(nn.Module):

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
+import warnings
 from collections.abc import Iterable
+from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.fsdp import fully_shard as _fully_shard
 
 from ..blocks import find_blocks
-from ..placement import carry_over
+from ..optim.arguments import GATHERED
+from ..placement import carry_over, said_again
+from .checks import WHO as _WHO
+from .checks import agree, check_model, check_options, check_units, inner_model
 from .collectives import name_collectives
 
-_WHO = "pyshard.fully_shard"
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WRAPPED = "._checkpoint_wrapped_module"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,8 +55,8 @@ def fully_shard(
     Args:
         model: a module, or a pyshard.pp.Pipeline, of which each stage is sharded by itself. It may be on the meta
             device; else its parameters are moved to the mesh's.
-        mesh: one dimension; two for HSDP: cut over the second, replicated over the first; or init_mesh's, of which
-            "dp" counts.
+        mesh: one dimension; two named ones for HSDP: cut over the second, replicated over the first; or init_mesh's,
+            "pp", "dp" and "tp", of which "dp" counts.
         units: what is a unit instead of the blocks that are found: names of classes, classes, or patterns of module
             names (as in fnmatch).
         param_dtype: in which units compute and parameters are gathered. None: the parameters' own.
@@ -68,38 +71,50 @@ def fully_shard(
 
     Raises:
         ValueError, TypeError: on all ranks, before anything is changed: no such unit, a mesh of another kind, a model
-            that is sharded already or not the same on all ranks, a unit whose trained parameters have several dtypes,
-            tied weights in different units.
+            that is sharded already or not the same on all ranks, other options on another rank, a unit whose trained
+            parameters have several dtypes, tied weights in different units, a parameter without dimensions.
+        pyshard.comm.PeerError: a rank of the mesh does not call this.
+
+    Warns of buffers on the meta device that no checkpoint holds: to_empty() leaves them with whatever is in memory.
     """
-    mesh = _mesh(mesh)
-    stages = _stages(model)
-    if reshard_after_forward is None and stages is not None:
-        reshard_after_forward = False
-    # FSDP2 cannot reduce a gradient without elements, and there is nothing to cut.
-    ignored = {*ignored_params, *(param for param in model.parameters() if not param.numel())}
     error: Exception | None = None
-    plans: list[tuple[nn.Module, list[tuple[str, nn.Module]]]] = []
+    plans: list[tuple[nn.Module, list[tuple[str, nn.Module]], str]] = []
+    options: dict[str, Any] = {}
+    ignored: set[nn.Parameter] = set()
+    ours = _data_parallel(mesh)
     try:
-        _check(model, ignored)
-        wanted = None if units is None else list(units)
+        _check_mesh(mesh)
+        check_model(model)
+        wanted = _wanted(units)
+        stages = _stages(model)
+        if reshard_after_forward is None and stages is not None:
+            reshard_after_forward = False
+        ignored, named = _ignored(model, ignored_params)
+        options = {"units": units if wanted is None else [_spelled(unit) for unit in wanted]}
+        options |= {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype, "output_dtype": output_dtype}
+        options |= {"reshard_after_forward": reshard_after_forward, "cpu_offload": cpu_offload, "ignored_params": named}
+        check_options(options, ours.size(ours.ndim - 1))
         for root in [model] if stages is None else stages:
-            plans.append((root, _units(root, wanted)))
-            _check_units(*plans[-1], ignored)
-        if wanted and not any(found for _, found in plans):
+            found = _units(root, wanted)
+            check_units(root, found, ignored)
+            plans.append((root, found, _rest(root, found, ignored)))
+        if wanted and not any(found for _, found, _ in plans):
             raise ValueError(
                 f"{_WHO}: units={wanted} fit no module of {type(model).__name__}; expected names of classes, classes, "
                 f"or patterns of module names. Its classes: {_classes(model)}."
             )
     except (ValueError, TypeError) as failure:
         error = failure
-    options = repr((units and list(map(str, units)), param_dtype, reduce_dtype, output_dtype, reshard_after_forward))
-    _agree(model, mesh, error, options)
+        if not isinstance(ours, DeviceMesh):
+            raise
+    agree(model, ours, error, options)
+    _warn_of_buffers(model)
 
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype)
     inner = MixedPrecisionPolicy(param_dtype, reduce_dtype)
-    options_of_all: dict[str, Any] = {"mesh": mesh, "offload_policy": _offload(cpu_offload), "ignored_params": ignored}
+    options_of_all: dict[str, Any] = {"mesh": ours, "offload_policy": _offload(cpu_offload), "ignored_params": ignored}
     index = 0
-    for root, found in plans:
+    for root, found, rest in plans:
         said = _Said(root)
         reshard = True if reshard_after_forward is None else reshard_after_forward
         for name, unit in found:
@@ -107,30 +122,75 @@ def fully_shard(
             name_collectives(unit, name, index)
             index += 1
         _fully_shard(root, mp_policy=policy, reshard_after_forward=reshard_after_forward, **options_of_all)
-        name_collectives(root, _rest(root, found), index)
+        name_collectives(root, rest, index)
         index += 1
         said.again()
+        for unit in [root, *(unit for _, unit in found)]:
+            _keep_said(unit)
+            _mark_gathered(unit, root)
     return model
 
 
 # ---- what is asked for ----
 
 
-def _mesh(mesh: DeviceMesh) -> DeviceMesh:
+def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:
+    """What is cut over: the mesh, or its "dp" if the other dimensions are those of other ways to split a model."""
+    names = (isinstance(mesh, DeviceMesh) and mesh.mesh_dim_names) or ()
+    if "dp" in names and len(names) > 1:
+        others = [name for i, name in enumerate(names) if name not in ("pp", "dp", "tp") and mesh.size(i) > 1]
+        return mesh if others else mesh["dp"]
+    return mesh
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(
             f"{_WHO}: mesh is a {type(mesh).__name__}; expected a DeviceMesh, as pyshard.init_mesh(dp=-1) or "
             "torch.distributed.device_mesh.init_device_mesh make."
         )
-    names = mesh.mesh_dim_names or ()
-    if mesh.ndim > 1 and "dp" in names:
-        return mesh["dp"]
-    if mesh.ndim > 2 or (mesh.ndim == 2 and len(names) != 2):
+    ours, names = _data_parallel(mesh), mesh.mesh_dim_names or ()
+    split = [name for i, name in enumerate(names) if name in ("pp", "tp") and mesh.size(i) > 1]
+    if ours.ndim > 2 or (ours.ndim == 2 and (len(names) != 2 or split)):
         raise ValueError(
-            f"{_WHO}: the mesh has {mesh.ndim} dimensions {names}; expected one, two with names (replicated, cut), or "
-            'one of them "dp".'
+            f"{_WHO}: the mesh has {mesh.ndim} dimensions {names} of sizes {tuple(mesh.shape)}; expected one, two with "
+            'names (replicated, cut), or "dp" beside "pp" and "tp". Pass the dimensions of data-parallel ranks, such '
+            'as mesh["dp"] or mesh["replicate", "shard"].'
         )
-    return mesh
+
+
+def _wanted(units: Any) -> list[str | type[nn.Module]] | None:
+    """What is asked for as units; a generator is read here, once."""
+    if units is None:
+        return None
+    wanted = None if isinstance(units, str) or not isinstance(units, Iterable) else list(units)
+    odd = units if wanted is None else next((unit for unit in wanted if not isinstance(unit, str | type)), None)
+    if wanted is None or odd is not None:
+        one = f" Pass units=[{odd!r}] for one." if isinstance(odd, str) else ""
+        raise TypeError(
+            f"{_WHO}: units {'is' if wanted is None else 'has'} {odd!r}; expected a list of names of classes, classes, "
+            f"or patterns of module names.{one}"
+        )
+    return wanted
+
+
+def _spelled(unit: str | type[nn.Module]) -> str:
+    return unit if isinstance(unit, str) else f"{unit.__module__}.{unit.__qualname__}"
+
+
+def _ignored(model: nn.Module, given: Any) -> tuple[set[nn.Parameter], list[str]]:
+    """Parameters that stay as they are: those that are given, with their names, and those without elements."""
+    params = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Tensor) else None
+    names: dict[nn.Parameter, str] = {param: name for name, param in reversed(list(model.named_parameters()))}
+    if params is None or not all(isinstance(param, Tensor) and param in names for param in params):
+        odd = given if params is None else next(p for p in params if not isinstance(p, Tensor) or p not in names)
+        got = f"a tensor of shape {tuple(odd.shape)}" if isinstance(odd, Tensor) else repr(odd)
+        raise (ValueError if params is not None and isinstance(odd, Tensor) else TypeError)(
+            f"{_WHO}: ignored_params {'is' if params is None else 'has'} {got}; expected a list of parameters of the "
+            "model, such as [model.get_parameter(name)]."
+        )
+    # FSDP2 cannot reduce a gradient without elements, and there is nothing to cut.
+    return {*params, *(param for param in names if not param.numel())}, sorted(names[param] for param in params)
 
 
 def _stages(model: nn.Module) -> list[nn.Module] | None:
@@ -149,12 +209,15 @@ def _offload(cpu_offload: bool | OffloadPolicy) -> OffloadPolicy:
 
 def _units(root: nn.Module, wanted: list[str | type[nn.Module]] | None) -> list[tuple[str, nn.Module]]:
     """(name, module) of each unit in a model or stage, inner ones before those around them; not the root itself."""
-    whole = getattr(root, "model", root) if type(root).__module__.startswith("pyshard.pp") else root
+    whole = inner_model(root)
     if wanted is None:
         chosen = {id(block) for _, blocks in find_blocks(whole) for block in blocks}
         found = [(name, module) for name, module in whole.named_modules() if id(module) in chosen]
     else:
-        found = [(name, module) for name, module in whole.named_modules() if name and _fits(name, module, wanted)]
+        names = [name for name, module in whole.named_modules() if name and _fits(name, module, wanted)]
+        # A block that is computed again in backward comes with what does that: its weights are gathered around both.
+        names = list(dict.fromkeys(name.removesuffix(_WRAPPED) for name in names))
+        found = [(name, whole.get_submodule(name)) for name in names]
     found = [(name, module) for name, module in found if any(True for _ in module.parameters())]
     return found[::-1] if wanted is not None else found
 
@@ -173,104 +236,18 @@ def _classes(model: nn.Module) -> str:
     return ", ".join(dict.fromkeys(type(module).__name__ for module in model.modules()))
 
 
-def _rest(root: nn.Module, units: list[tuple[str, nn.Module]]) -> str:
+def _rest(root: nn.Module, units: list[tuple[str, nn.Module]], ignored: set[nn.Parameter]) -> str:
     """What to call the parameters of the root."""
-    whole = getattr(root, "model", root) if type(root).__module__.startswith("pyshard.pp") else root
+    whole = inner_model(root)
     inside = tuple(f"{name}." for name, _ in units)
-    outside = [name for name, _ in whole.named_parameters() if not name.startswith(inside)] if inside else []
+    kept = [name for name, param in whole.named_parameters() if param not in ignored]
+    outside = [name for name in kept if not name.startswith(inside)] if inside else []
     if not outside:
         return "the model"
     return f"{outside[0]} and {len(outside) - 1} others outside of the units" if len(outside) > 1 else outside[0]
 
 
-# ---- checks, before anything is changed ----
-
-
-def _check(model: nn.Module, ignored: set[nn.Parameter]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{_WHO}: model is a {type(model).__name__}; expected an nn.Module.")
-    for name, module in model.named_modules():
-        if isinstance(module, FSDPModule):
-            raise ValueError(f"{_WHO}: {name or 'the model'} is sharded already; expected a model that is not.")
-    for name, param in model.named_parameters():
-        if getattr(param, "main_grad", False) and param not in ignored:
-            raise ValueError(
-                f"{_WHO}: {name} keeps its own fp32 gradient (main_grad=True), which full sharding would drop; "
-                "gradients are summed in reduce_dtype here. Call tp.parallelize without main_grad."
-            )
-
-
-def _check_units(root: nn.Module, units: list[tuple[str, nn.Module]], ignored: set[nn.Parameter]) -> None:
-    """Every parameter has one unit, and those that a unit trains have one dtype."""
-    owner: dict[int, str] = {}
-    taken: dict[int, tuple[nn.Parameter, str]] = {}
-    for name, unit in units:  # inner ones first
-        for module in unit.modules():
-            owner.setdefault(id(module), name)
-    dtypes: dict[str, dict[torch.dtype, str]] = {}
-    for prefix, module in root.named_modules():
-        name = owner.get(id(module), "")
-        for key, param in module.named_parameters(recurse=False):
-            if param in ignored:
-                continue
-            full = f"{prefix}.{key}" if prefix else key
-            known = taken.setdefault(id(param), (param, name))[1]
-            if known != name:
-                raise ValueError(
-                    f"{_WHO}: {full}, in {name or 'no unit'}, is tied to a weight in {known or 'no unit'}; expected "
-                    "tied weights in one unit. Choose units that hold both or none."
-                )
-            if param.requires_grad:
-                dtypes.setdefault(name, {}).setdefault(param.dtype, full)
-    for name, found in dtypes.items():
-        if len(found) > 1:
-            told = " and ".join(f"{full} ({dtype})" for dtype, full in list(found.items())[:2])
-            raise ValueError(
-                f"{_WHO}: the unit {name or 'of what is outside of the blocks'} trains parameters of several dtypes: "
-                f"{told}; expected one. Use model.to(dtype), or units that hold one dtype each."
-            )
-
-
-def _agree(model: nn.Module, mesh: DeviceMesh, error: Exception | None, options: str) -> None:
-    """Raises on all ranks of the mesh if one of them has an error, another model or other options."""
-    message = None if error is None else f"{type(error).__name__}: {error}"
-    known: list[Any] = [(dist.get_rank(), message, options, None if error else _fingerprint(model))]
-    for group in mesh.get_all_groups():
-        gathered: list[Any] = [None] * group.size()
-        dist.all_gather_object(gathered, known, group=group)
-        known = [entry for part in gathered for entry in part]
-    if error is not None:
-        raise error
-    for rank, message, its_options, prints in known:
-        if message is not None:
-            raise RuntimeError(f"{_WHO}: rank {rank} stopped with {message}")
-        if its_options != options:
-            raise ValueError(
-                f"{_WHO}: rank {rank} was called with (units, param_dtype, reduce_dtype, output_dtype, "
-                f"reshard_after_forward) = {its_options}, this rank with {options}; expected the same on all ranks."
-            )
-        first = known[0][3]
-        differing = [key for key in {**first, **prints} if first.get(key) != prints.get(key)]
-        if differing:
-            raise ValueError(
-                f"{_WHO}: {len(differing)} parameters of rank {rank} differ from rank {known[0][0]}'s, the first "
-                f"{differing[0]}; expected the same model on all ranks, of which each keeps its part. Load the same "
-                "weights, or seed all ranks alike before building it."
-            )
-
-
-def _fingerprint(model: nn.Module) -> dict[str, str]:
-    """A few digits for each parameter, made of its shape, dtype, whether it is trained, and the sum of its bits."""
-    prints = {}
-    for name, param in model.named_parameters():
-        text = f"{tuple(param.shape)} {param.dtype} {param.requires_grad}"
-        local: Tensor = getattr(param, "_local_tensor", param)
-        if not param.is_meta and local is param and param.numel():
-            bits = param.detach().contiguous().view(-1)
-            bits = torch.view_as_real(bits).view(-1) if bits.is_complex() else bits
-            text += f" {bits.view(_INTEGERS[bits.element_size()]).sum(dtype=torch.int64).item()}"
-        prints[name] = hashlib.sha1(text.encode()).hexdigest()[:16]
-    return prints
+# ---- what outlives the call ----
 
 
 class _Said:
@@ -287,25 +264,69 @@ class _Said:
                 self._kept.append((module, kept))
 
     def again(self) -> None:
-        """Says it of the parameters that have these names now, and of those that a move of the model makes of them."""
+        """Says it of the parameters that have these names now."""
         for module, kept in self._kept:
-            _say(module, kept)
-            _say_after_moves(module, kept)
+            for name, holder in kept.items():
+                if (param := module._parameters.get(name)) is not None:
+                    carry_over(holder, param)
 
 
-def _say(module: nn.Module, kept: dict[str, Tensor]) -> None:
-    for name, holder in kept.items():
-        if (param := module._parameters.get(name)) is not None:
-            carry_over(holder, param)
+# Methods of single modules, as FSDP2 gives them a class of their own.
 
 
-def _say_after_moves(module: nn.Module, kept: dict[str, Tensor]) -> None:
-    """to_empty() of a DTensor on the meta device drops the attributes of the parameter."""
-    inner = module._apply
+def _keep_said(module: nn.Module) -> None:
+    """Moves and load_state_dict(assign=True) make new parameters, of which the same is said."""
+    module._apply = MethodType(_apply, module)  # type: ignore[method-assign]
+    module.load_state_dict = MethodType(_load_state_dict, module)  # type: ignore[method-assign]
 
-    def apply(*args: Any, **kwargs: Any) -> nn.Module:
-        result = inner(*args, **kwargs)
-        _say(module, kept)
-        return result
 
-    module._apply = apply  # type: ignore[method-assign]
+def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with _said_of_shards(self):
+        return type(self)._apply(self, *args, **kwargs)
+
+
+def _load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with _said_of_shards(self):
+        return type(self).load_state_dict(self, *args, **kwargs)
+
+
+def _said_of_shards(module: nn.Module) -> Any:
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+    return said_again(module)
+
+
+def _mark_gathered(unit: nn.Module, root: nn.Module) -> None:
+    """Whole weights are told apart from parameters, for optimizers to refuse: they would train copies that go."""
+    module: Any = unit
+    names = {id(owner): name for name, owner in root.named_modules()}
+    for params in module._get_fsdp_state()._fsdp_param_groups:
+        for param in params.fsdp_params:
+            info = param._module_info
+            name = f"{names[id(info.module)]}.{info.param_name}".lstrip(".")
+            param._setattr_on_modules = partial(_set, param, name)
+
+
+def _set(param: Any, name: str, value: nn.Parameter) -> None:
+    """FSDPParam._setattr_on_modules, by which weights take the places of shards and back."""
+    if value is not param.sharded_param:
+        setattr(value, GATHERED, name)
+    type(param)._setattr_on_modules(param, value)
+
+
+def _warn_of_buffers(model: nn.Module) -> None:
+    """Of those on the meta device that no checkpoint holds."""
+    names = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in sorted(module._non_persistent_buffers_set)
+        if (buffer := module._buffers.get(name)) is not None and buffer.is_meta
+    ]
+    if names:
+        warnings.warn(
+            f"{_WHO}: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)} of the model on the "
+            "meta device will not be in any checkpoint (persistent=False), and to_empty() leaves in them what is in "
+            "memory. Fill them after to_empty(), from a module of the same class that is made on the device.",
+            stacklevel=3,
+        )

@@ -16,7 +16,7 @@ from ..comm import PeerError
 from ..kernels.launch import HostLaunch, Launch
 from ..kernels.reference import clip_coefficient
 from . import explain, sharded_state, state
-from .arguments import Options, check_group, rate, values
+from .arguments import Options, check_group, check_lasting, rate, values
 from .flat_shard import wants_full_tensors
 from .levels import SHARD, TENSOR
 from .peers import Peers, find_peers, stays_on_device
@@ -311,6 +311,11 @@ class Adam(Optimizer):
         if isinstance(param_group, dict):
             check_group(f"pyshard.{type(self).__name__}", {**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            check_lasting(f"pyshard.{type(self).__name__}", self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         self._plan = None
         if self._peers is not None:
             self._peers.compared = False

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..kernels.registry import requested
 
+# Attribute of a whole weight that full sharding has gathered for a while: the name of the parameter whose place it has.
+GATHERED = "_pyshard_gathered"
+
 _CHOICES = {
     "master_weights": ("auto", "fp32", "split", "none"),
     "moments": ("fp32", "int8"),
@@ -53,6 +56,17 @@ def values(group: dict[str, Any]) -> tuple[Any, ...]:
     betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else (group["betas"],)
     keys = ("eps", "weight_decay", "decoupled_weight_decay", "maximize", "differentiable", "fused", "foreach")
     return (group["lr"], *betas, *(group[key] for key in keys))
+
+
+def check_lasting(who: str, group: dict[str, Any]) -> None:
+    """Raises for parameters that fully sharded modules will put others in the place of."""
+    for index, param in enumerate(group["params"]):
+        if (name := getattr(param, GATHERED, None)) is not None:
+            raise ValueError(
+                f"{who}: parameter {index} of the group, of shape {tuple(param.shape)}, is {name} gathered by full "
+                "sharding, a copy that goes; expected its shard, a DTensor. Make the optimizer before the model runs, "
+                "or after model.reshard(), of a pipeline's stages each."
+            )
 
 
 def rate(group: dict[str, Any]) -> float:
