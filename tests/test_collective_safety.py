@@ -24,9 +24,9 @@ from pyshard.comm.notes import Notes, abort
 from tests import pp_cases, ranks
 
 LIMIT = 90.0  # seconds of a run
-SHORT, LONG = 2.0, 40.0  # timeouts of groups: where a rank is late, and where none is to be waited for
+SHORT, LONG = 1.5, 40.0  # timeouts of groups: where a rank is late, and where none is to be waited for
 BEHIND = 0.3  # seconds in which the others come to wait for the rank that fails
-LATE = SHORT + 4.0  # beyond the time for which the others look for its note
+LATE = SHORT + 2.0  # beyond the time for which the others look for its note
 
 # ---- torch's own collectives ----
 
@@ -55,7 +55,7 @@ def _told(ours: Notes, operation: str, call: Callable[[], object]) -> PeerError:
 
 def _patience(seconds: float) -> None:
     """For notes of others: the machine may be busy."""
-    notes.SECONDS = 2.5 if seconds == LONG else 2.0
+    notes.SECONDS = 1.5 if seconds == LONG else 1.0
 
 
 def _group(seconds: float) -> Any:
