@@ -97,7 +97,7 @@ class AdamTable {
     size_t held_count;
     py::object placements;           // of a DTensor's gradient
     py::object spec;                 // its last one, which has these placements
-    std::vector<const char*> lines;  // memory that a look at it touches, but for the gradient's: only prefetched
+    std::vector<uintptr_t> lines;    // memory that a look at it touches, but for the gradient's: only prefetched
   };
 
   Known known(const TensorView& view, bool with_strides = true);
