@@ -58,8 +58,8 @@ struct TensorLines {
 
  private:
   static constexpr int kStorage = 16, kAutograd = 24, kVersion = 40;  // in a TensorImpl
-  static constexpr int kImpl = 184;  // the last of its bytes that are looked at
-  static constexpr int kField = 24;  // likewise of a Python object, and of a storage
+  static constexpr int kImpl = 184;                                   // the last of its bytes that are looked at
+  static constexpr int kField = 24;                                   // likewise of a Python object, and of a storage
 
   static const char* field(const char* own, int offset) { return *reinterpret_cast<const char* const*>(own + offset); }
 

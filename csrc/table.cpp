@@ -356,7 +356,8 @@ bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
         return entry_at(i).is_dtensor ? slots(entry_at(i).param).local.peek(grad) : grad;
       };
       if (in(next + kAhead))
-        for (const uintptr_t line : entry_at(next + kAhead).lines) TensorLines::ask(reinterpret_cast<const char*>(line));
+        for (const uintptr_t line : entry_at(next + kAhead).lines)
+          TensorLines::ask(reinterpret_cast<const char*>(line));
       if (const auto i = next + kGrad - 1; in(i)) {
         grad_at(i) = attribute(entry_at(i).param, names().grad);
         TensorLines::ask(reinterpret_cast<const char*>(grad_at(i).ptr()));
