@@ -93,7 +93,7 @@ def clip_grad_norm_(
         The norm before clipping, a 0-d fp32 tensor.
     Raises:
         ValueError: norm_type; a wrong tensor_shard. RuntimeError: a norm that is not finite, if asked for. TypeError: a
-        sparse gradient.
+        sparse gradient. pyshard.comm.PeerError: another rank is lost or in another operation; nothing was scaled.
     """
     norm_type = float(norm_type)
     if not norm_type > 0:
@@ -126,7 +126,8 @@ def clip_grad_norm_(
 def _total(params: list[Tensor], mesh: DeviceMesh | None, norm_type: float, device: torch.device) -> Tensor:
     """The norm of all gradients on all ranks, a 0-d double."""
     # Groups are found by parameters, not by gradients, so that all ranks take part in the same exchanges.
-    levels, stage = find("pyshard.clip_grad_norm_", params), 0
+    who = "pyshard.clip_grad_norm_"
+    levels, stage = find(who, params), 0
     if mesh is not None and "pp" in (mesh.mesh_dim_names or ()) and mesh["pp"].size() > 1:
         group = mesh.get_group("pp")
         pipeline = Level(PIPELINE, group, tuple(dist.get_process_group_ranks(group)))
@@ -142,7 +143,8 @@ def _total(params: list[Tensor], mesh: DeviceMesh | None, norm_type: float, devi
     sums = torch.zeros(1 << len(levels), dtype=torch.float64, device=device)
     for mask, grads in kinds.items():
         sums[mask] = _powers(grads, norm_type, device)
-    total = over_levels(levels, sums, torch.maximum if norm_type == math.inf else torch.add)
+    combine = torch.maximum if norm_type == math.inf else torch.add
+    total = over_levels(who, "norm of all gradients in clip_grad_norm_()", levels, sums, combine)
     return total if norm_type == math.inf else total ** (1 / norm_type)
 
 

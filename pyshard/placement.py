@@ -6,12 +6,14 @@ optimizers, norms and checkpoints read them and know nothing else of tensor or p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 ATTRIBUTE = "tensor_shard"
 
@@ -126,6 +128,34 @@ def pipeline_share(param: Tensor) -> PipelineShare | None:
 def set_pipeline_share(param: Tensor, share: PipelineShare) -> None:
     """Says what the parameter is to a pipeline."""
     setattr(param, PIPELINE_ATTRIBUTE, share)
+
+
+@contextmanager
+def said_again(module: nn.Module) -> Iterator[None]:
+    """What is said of a module's parameters holds for those that have their places afterwards; tied ones stay tied.
+
+    A move from the meta device and load_state_dict(assign=True) make new parameters. For `_apply` and the like.
+    """
+    places = [(m, key, p) for m in module.modules() for key, p in m._parameters.items() if p is not None]
+    yield
+    new: dict[int, nn.Parameter] = {}
+    for owner, key, old in places:
+        param = owner._parameters[key]
+        if param is not None and param is not old:
+            owner._parameters[key] = param = new.setdefault(id(old), param)
+            carry_over(old, param)
+
+
+class Keeping(nn.Module):
+    """A module whose parameters stay what they are said to be, whatever takes their places."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with said_again(self):
+            return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with said_again(self):
+            super()._load_from_state_dict(*args, **kwargs)
 
 
 def carry_over(old: Tensor, new: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Parts of tensors out of files that torch.save has written, against torch.load."""
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,24 @@ def test_every_dtype(dtype: torch.dtype, tmp_path: Path, rng: np.random.Generato
         assert torch.equal(
             target.view(torch.uint8) if value.dim() else target, value.view(torch.uint8) if value.dim() else value
         )
+
+
+def test_archives_of_more_than_4_gib(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their directory has sizes and places in other fields; here from a few bytes on, as zipfile can be told."""
+    value = random(rng, (50, 60))
+    data = io.BytesIO()
+    torch.save(value, data)
+    for limit in (100, 1000, 12_500):  # all records, all places, the end of the directory alone
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+        with zipfile.ZipFile(data) as old, zipfile.ZipFile(tmp_path / "large", "w") as new:
+            for item in old.infolist():
+                new.writestr(item.filename, old.read(item))
+        size = (tmp_path / "large").stat().st_size
+        assert b"PK\6\6" in (tmp_path / "large").read_bytes()
+        with open(tmp_path / "large", "rb", buffering=0) as file:
+            piece = Piece(file, 0, size)
+            assert is_direct(piece)
+            check(piece, value, (3, 5), torch.empty(40, 50))
 
 
 def test_what_is_no_plain_tensor_is_loaded_by_torch(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import time
 import warnings
 from datetime import timedelta
@@ -478,16 +479,64 @@ def test_a_killed_rank(tmp_path: Path, victim: int, when: str) -> None:
     assert torch.equal(model[3], torch.full((50, 3), 3.0))
 
 
-def _silent(rank: int, world: int, root: str, silent: int) -> tuple[str, int | None]:
-    group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=2))
+def _factored(rank: int, world: int, root: str) -> list[str]:
+    """State that is no value per element, of a sharded model and into one."""
+    mesh = init_device_mesh("cpu", (world,))
+
+    def made(sharded: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+        if sharded:
+            fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for param in model.parameters():
+            optimizer.state[param] = {"rows": torch.ones(3, 1)}
+        return model, optimizer
+
+    said = []
+    save_checkpoint(f"{root}/whole", *made(False))
+    load_checkpoint(f"{root}/whole", *made(False))
+    for call in (
+        lambda: save_checkpoint(f"{root}/cut", *made(True)),
+        lambda: load_checkpoint(f"{root}/whole", *made(True)),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_state_that_cannot_be_cut(tmp_path: Path) -> None:
+    for outcome in run(_factored, 2, str(tmp_path)):
+        saved, loaded = outcome.value
+        assert "which is a DTensor, has shape" in saved and "Nothing was written" in saved
+        assert "of which this rank holds a part" in loaded and "Nothing was changed" in loaded
+        assert "expected a value per element" in saved and "expected a value per element" in loaded
+
+
+def _slow(rank: int, world: int, root: str, slow: int, stopped: bool) -> tuple[str, int | None]:
+    """One rank takes several timeouts of the process group to write: at work, or stopped as a whole."""
+    group = dist.new_group([0, 1, 2], timeout=timedelta(seconds=1.5))
     model = nn.ParameterList([nn.Parameter(torch.ones(3))])
     optimizer = pyshard.AdamW(model.parameters())
     optimizer.process_group = group  # type: ignore[attr-defined]
     save_checkpoint(root, model, optimizer)
     dist.barrier()
-    sync = files.sync_directory
-    if rank == silent:
-        files.sync_directory = lambda path: (time.sleep(8), sync(path))[1]  # type: ignore[assignment]
+    sync, calls = files.sync_directory, iter([True])
+
+    def late(path: Path) -> None:
+        if not next(calls, False):
+            pass
+        elif stopped:  # until another process lets it go on
+            subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(5)
+        sync(path)
+
+    if rank == slow:
+        files.sync_directory = late
     try:
         save_checkpoint(root, model, optimizer)
     except PeerError as error:
@@ -498,11 +547,18 @@ def _silent(rank: int, world: int, root: str, silent: int) -> tuple[str, int | N
 @pytest.mark.parametrize("silent", [0, 2])
 def test_a_silent_rank(tmp_path: Path, silent: int) -> None:
     """After the timeout of the process group the others name it."""
-    outcomes = run(_silent, 3, str(tmp_path), silent, quiet=True, seconds=60)
+    outcomes = run(_slow, 3, str(tmp_path), silent, True, quiet=True, seconds=60)
     for rank in {0, 1, 2} - {silent}:
         assert outcomes[rank].error is None, outcomes[rank].trace
         text, who = outcomes[rank].value
-        assert who == silent and f"rank {silent} is lost or does not answer while" in text, text
+        assert who == silent and f"rank {silent} is lost or does not answer while writing" in text, text
+
+
+@pytest.mark.parametrize("slow", [0, 2])
+def test_a_rank_that_is_slow_is_not_lost(tmp_path: Path, slow: int) -> None:
+    """Writing may take longer than the timeout of the process group."""
+    outcomes = run(_slow, 3, str(tmp_path), slow, False, seconds=60)
+    assert [outcome.value for outcome in outcomes] == [("saved", None)] * 3
 
 
 def _absent(rank: int, world: int, root: str) -> tuple[str, int | None]:

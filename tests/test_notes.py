@@ -179,7 +179,7 @@ def test_the_first_cause_is_named_across_groups() -> None:
     assert first.error is None and second.error is None, first.trace + second.trace
     assert second.value["rank"] == 2
     assert first.value["rank"] == 2
-    assert "rank 1 left in step, because of rank 2" in first.value["text"]
+    assert "rank 1 left in inner sum, because of rank 2" in first.value["text"]
 
 
 def _store_is_gone(rank: int, world: int, folder: str) -> Any:

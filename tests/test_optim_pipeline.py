@@ -71,7 +71,7 @@ def _norm(rank: int, world: int, seed: int, sizes: dict[str, int]) -> None:
             assert same_everywhere(found[-1])
             for name, have, want in stages.pairs(whole):
                 torch.testing.assert_close(have, want, msg=lambda m, n=name, f=form: f"{f} {n}: {m}", **CLIPPED)
-            assert "squares of the gradients" in opt.explain() and "168 bytes" in opt.explain()
+            assert "squares of the gradients" in opt.explain() and "512 bytes" in opt.explain()
             if sharded:
                 opt.close()
         # Not only each form's norm is that of all ranks: those that sum up in the same order have the same bits.
@@ -179,7 +179,7 @@ def _errors(rank: int, world: int, seed: int) -> None:
     mesh = pyshard.init_mesh(pp=2, dp=2)
     group = mesh.get_group("pp")
     with pytest.raises(
-        ValueError, match=r"empty parameter list.*a pipeline stage without parameters, use fewer stages"
+        ValueError, match=r"empty parameter list.*all parameters of a pipeline stage. If it has none, use fewer stages"
     ):
         pyshard.AdamW([])
     with pytest.raises(ValueError, match=r"ranks \[.*\] of process_group hold different .* pipeline group"):
@@ -289,7 +289,7 @@ def test_a_lost_rank_is_an_error_on_all(sizes: dict[str, int], form: str, sharde
     assert operation == "agreement of the pipeline group in step()"
     if form == "dtensor":
         assert "agreement of the shard group in step() failed on rank 2: rank 3 is lost" in said[2][0]
-        assert "rank 3 could not take the step" in said[0][0]
+        assert "rank 2 left in agreement of the shard group in step(), because of rank 3" in said[0][0]
 
 
 def _accumulating(rank: int, world: int, seed: int, transport: str) -> None:

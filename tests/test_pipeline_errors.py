@@ -158,7 +158,7 @@ def wrong(rank: int, world: int, seed: int) -> None:
     said = r"embedding.weight: embedding is on another stage .* plan=pyshard.pp.Plan"
     with pytest.raises((AttributeError, PeerError), match=said):
         pipe.step(tokens, target=tokens)
-    with pytest.raises(RuntimeError, match=r"an earlier step failed \(.*start all ranks again"):
+    with pytest.raises((AttributeError, PeerError), match=said):  # nothing has been sent: the next call finds the same
         pipe.step(tokens, target=tokens)
 
 
@@ -172,11 +172,12 @@ def by_time(rank: int, world: int, seed: int) -> tuple[Any, ...]:
     slow = model.transformer.h[0].mlp
     forward = slow.forward
     slow.forward = lambda x: (time.sleep(0.05), forward(x))[1]
-    grads = [p.grad for p in model.parameters()]
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 0.5)
     state = torch.get_rng_state()
     example = {"input_ids": batch(seed, 2, 6)}
     pipe = pipeline(model, pyshard.init_mesh(pp=world), "gpipe", 2, balance="time", example=example)
-    assert grads == [None] * len(grads)
+    assert all(bool((p.grad == 0.5).all()) for p in pipe.parameters())
     assert torch.equal(state, torch.get_rng_state())
     return pipe.settings.bounds
 

@@ -202,8 +202,11 @@ def test_a_killed_export_leaves_nothing_under_its_name(tmp_path: Path, seed: int
     assert run(_killed, 1, str(path), seed, group=False, quiet=True)[0].exitcode == -signal.SIGKILL
     assert not path.exists() and len(list(tmp_path.glob(".out.*.tmp"))) == 1
     model = make("llama", seed)
+    other = tmp_path / ".outer.01234567.tmp"
+    other.mkdir()
     pyshard.export_safetensors(path, model)
     assert_loads(path, model)
+    assert sorted(tmp_path.iterdir()) == [other, path]  # what the dead one has left is gone
 
 
 # ---- several ranks ----

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ranks import run
 from torch import Tensor, nn
 
+import pyshard
 from pyshard.placement import tensor_shard
 from pyshard.tp import layers as layers_module
 from pyshard.tp.layers import ColumnParallelLinear, RowParallelLinear, SharedInput
@@ -335,3 +336,29 @@ def _fp32_gradients(rank: int, world: int) -> None:
 
 def test_main_grad_of_16_bit_layers() -> None:
     run(_fp32_gradients, 2)
+
+
+def from_meta(rank: int, world: int) -> None:
+    """A model that was cut without memory says what its parameters are parts of when it has some."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=33, **sizes)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    mesh = pyshard.init_mesh(tp=world)
+    pyshard.tp.parallelize(model, mesh)
+    before = {name: tensor_shard(param) for name, param in model.named_parameters()}
+    model.to_empty(device="cpu")
+    cut = {name: shard for name, shard in before.items() if shard is not None and shard.dim is not None}
+    assert len(cut) == 2 * 7 + 2
+    for name, shard in cut.items():
+        assert tensor_shard(model.get_parameter(name)) == shard, name
+    values = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    model.load_state_dict(values, assign=True)
+    for name, shard in cut.items():
+        assert tensor_shard(model.get_parameter(name)) == shard, name
+
+
+def test_shards_outlive_a_move_from_the_meta_device() -> None:
+    run(from_meta, 2)

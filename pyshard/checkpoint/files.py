@@ -1,6 +1,8 @@
 """Files of a checkpoint: checksums, syncing, and the pointer that says which directory is the newest complete one.
 
-    path/latest                          names the newest complete checkpoint; replaced as the last thing of a save
+    path/latest                          names the newest complete checkpoint; replaced as the last thing of a save.
+                                         Before there is one it names none: so where the file is missing and complete
+                                         checkpoints are there, it was lost, and nobody takes that for a first start.
     path/000007-1f2e3d4c/manifest.json   size and checksums of all other files of the checkpoint
     path/000007-1f2e3d4c/.metadata, *.distcp, extra.pt
 
@@ -246,17 +248,37 @@ def number(directory: Path) -> int:
 
 
 def newest(root: Path) -> Path | None:
-    """The directory that the pointer names; None if there is no pointer."""
+    """The directory that the pointer names; None if there is no pointer, or no complete checkpoint yet.
+
+    Raises:
+        RuntimeError: the pointer is damaged.
+    """
     try:
         pointer = unseal(root / POINTER)
     except FileNotFoundError:
         return None
-    return root / str(pointer["directory"])
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}. Remove that file: the next save makes it anew. {in_words(complete(root))}"
+        ) from None
+    return None if pointer["directory"] is None else root / str(pointer["directory"])
 
 
 def checkpoints(root: Path) -> list[Path]:
     """All directories that saves have made, complete or not, the oldest first."""
     return sorted((path for path in root.iterdir() if number(path)), key=lambda path: (number(path), path.name))
+
+
+def complete(root: Path) -> list[Path]:
+    """The directories of which all is there, the newest first."""
+    return [path for path in checkpoints(root) if (path / MANIFEST).exists()][::-1] if root.is_dir() else []
+
+
+def in_words(found: Sequence[Path]) -> str:
+    """What to do with other complete checkpoints; ends without a period."""
+    if not found:
+        return "There is no other complete checkpoint"
+    return f"Complete checkpoints, which can be loaded by their path: {', '.join(map(str, found))}"
 
 
 def begin(root: Path) -> tuple[Path, Path | None]:
@@ -265,12 +287,15 @@ def begin(root: Path) -> tuple[Path, Path | None]:
     Returns it and the newest complete one.
     """
     make_directory(root)
+    lost = not (root / POINTER).exists() and bool(complete(root))  # it was deleted, or not copied along
     previous = newest(root)
     last = number(previous) if previous else 0
     for path in checkpoints(root):
-        # Without a pointer (it was deleted, or not copied along) what is complete may be all that there is.
-        if path != previous and (number(path) >= last if previous else not (path / MANIFEST).exists()):
+        # Without a pointer what is complete may be all that there is.
+        if path != previous and not (lost and (path / MANIFEST).exists()) and number(path) >= last:
             remove(path)
+    if previous is None and not lost:
+        _point(root, None)
     last = max(map(number, checkpoints(root)), default=0)
     # The rest of the name keeps processes of a save that was thought dead out of this one's directory.
     directory = root / f"{last + 1:06d}-{uuid.uuid4().hex[:8]}"
@@ -291,7 +316,11 @@ def make_ready(directory: Path, previous: Path | None) -> None:
 
 def switch(directory: Path) -> None:
     """Makes a complete directory the newest checkpoint."""
-    write_sealed(directory.parent / POINTER, {"format": FORMAT, "directory": directory.name})
+    _point(directory.parent, directory.name)
+
+
+def _point(root: Path, name: str | None) -> None:
+    write_sealed(root / POINTER, {"format": FORMAT, "directory": name})
 
 
 def prune(newest: Path, keep: int) -> None:
@@ -309,7 +338,6 @@ def remove(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def others(directory: Path) -> Sequence[Path]:
+def others(directory: Path) -> list[Path]:
     """Complete checkpoints beside a directory, the newest first."""
-    found = [path for path in checkpoints(directory.parent) if path != directory and (path / MANIFEST).exists()]
-    return found[::-1]
+    return [path for path in complete(directory.parent) if path != directory]

@@ -32,8 +32,9 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
         the extra values that were passed to save_checkpoint; tensors on the CPU.
 
     Raises:
-        FileNotFoundError: there is no complete checkpoint.
-        pyshard.checkpoint.CheckpointError: a file is missing or damaged (every byte is checked); names it.
+        FileNotFoundError: there is no complete checkpoint; a save may have begun.
+        pyshard.checkpoint.CheckpointError: a file is missing or damaged (every byte is checked); names it, and the
+            other complete checkpoints. `path`/latest, too, is one that must not be missing where checkpoints are.
         ValueError: the checkpoint is of another model or optimizer, or was made by a newer pyshard.
         pyshard.comm.PeerError: another rank is lost.
         All of them on all ranks, and before anything is changed.
@@ -45,7 +46,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, opt: Optimiz
     root = agreed_path(ranks, path)
     directory, manifest, others = ranks.by_first("looking for the checkpoint", lambda: _find(root))
     if others:
-        ranks.hint += f" Older checkpoints, which can be loaded by their path: {', '.join(map(str, others))}."
+        ranks.hint += f" {files.in_words(others)}."
     listed, block = manifest["files"], manifest["block"]
     ranks.each("checking its files", lambda: files.verify(directory, listed, block, ranks.rank, ranks.world))
     ranks.hint = "Nothing was changed."
@@ -82,16 +83,24 @@ def _union(ranks: Ranks, found: list[stages.Held]) -> list[stages.Held]:
 def _find(root: Path) -> tuple[Path, dict[str, Any], list[Path]]:
     """The directory of the checkpoint, its manifest, and the other checkpoints there are."""
     directory = root
-    if not (root / files.MANIFEST).exists():
+    if not (root / files.MANIFEST).exists() and not (files.number(root) and root.is_dir()):
         newest = files.newest(root)
+        complete = [] if (root / files.POINTER).exists() else files.complete(root)
+        if newest is None and complete:
+            raise RuntimeError(
+                f"{root / files.POINTER}, which names the newest complete checkpoint, is missing. "
+                f"{files.in_words(complete)}. The next save makes that file anew"
+            )
         if newest is None:
             raise FileNotFoundError(
                 f"{root} has no complete checkpoint; expected a path where save_checkpoint has saved, with a file "
                 f"{files.POINTER!r}, or one of the directories there."
             )
         directory = newest
+    others = files.others(directory)
     try:
-        manifest = files.unseal(directory / files.MANIFEST)
+        return directory, files.unseal(directory / files.MANIFEST), others
     except FileNotFoundError:
-        raise RuntimeError(f"{directory / files.MANIFEST} is missing") from None
-    return directory, manifest, list(files.others(directory))
+        raise RuntimeError(f"{directory / files.MANIFEST} is missing. {files.in_words(others)}") from None
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}. {files.in_words(others)}") from None

@@ -35,8 +35,12 @@ WORTH_THREADS = 8 << 20
 # The bytes at the end of an archive that hold its directory, of some 500 bytes.
 _ENDS = 2 << 10
 # Of the zip format: the end of the directory (entries, size, begin), an entry of it (method, size, sizes of name, extra
-# field and comment, header), and the header of a record (sizes of name and extra field).
+# field and comment, header), and the header of a record (sizes of name and extra field). From 4 GiB on, numbers are all
+# ones there, and in 64 bits elsewhere: in another end, to which a locator before the end points, and in extra fields.
 _END = struct.Struct("<4x4xHHIIH")
+_LOCATOR = struct.Struct("<4x4xQ4x")
+_END64 = struct.Struct("<4x8x2x2x4x4xQQQQ")
+_LARGE = 0xFFFFFFFF
 _ENTRY = struct.Struct("<4x4x2xH8x4xIHHH2x2x4xI")
 _HEADER = struct.Struct("<26xHH")
 
@@ -101,23 +105,48 @@ def _records(tail: bytes, length: int) -> dict[str, tuple[int, int]] | None:
     Args:
         tail: its last bytes.
 
-    None: they do not have it all, or records are compressed, or larger than 4 GiB.
+    None: they do not have it all, or records are compressed.
     """
     end = tail.rfind(b"PK\5\6")
     if end < 0 or len(tail) - end < _END.size:
         return None
     _, count, size, begin, _ = _END.unpack_from(tail, end)
-    at, found = len(tail) - (length - begin), {}
-    if begin == 0xFFFFFFFF or at < 0 or at + size > end:
+    first = length - len(tail)  # of the tail, in the archive
+    locator = end - _LOCATOR.size
+    if locator >= 0 and tail[locator : locator + 4] == b"PK\6\7":
+        at = _LOCATOR.unpack_from(tail, locator)[0] - first
+        if at < 0 or tail[at : at + 4] != b"PK\6\6":
+            return None
+        _, count, size, begin = _END64.unpack_from(tail, at)
+    at, found = begin - first, {}
+    if at < 0 or at + size > end:
         return None
     for _ in range(count):
         method, nbytes, name_size, extra, comment, header = _ENTRY.unpack_from(tail, at)
-        if method or 0xFFFFFFFF in (nbytes, header):
+        if method:
             return None
-        name = tail[at + _ENTRY.size : at + _ENTRY.size + name_size].decode()
+        at += _ENTRY.size
+        name = tail[at : at + name_size].decode()
+        large = _large(tail[at + name_size : at + name_size + extra])
+        if nbytes == _LARGE:  # the sizes of the data as they are and as they lie here, which are all ones together
+            nbytes, large = next(iter(large), _LARGE), large[2:]
+        if header == _LARGE:
+            header = next(iter(large), _LARGE)
+        if _LARGE in (nbytes, header):
+            return None
         found[name.partition("/")[2]] = header, nbytes
-        at += _ENTRY.size + name_size + extra + comment
+        at += name_size + extra + comment
     return found
+
+
+def _large(fields: bytes) -> tuple[int, ...]:
+    """The numbers of 64 bits in the extra fields of an entry."""
+    while len(fields) >= 4:
+        kind, size = struct.unpack_from("<HH", fields)
+        if kind == 1:
+            return tuple(each for (each,) in struct.iter_unpack("<Q", fields[4 : 4 + size // 8 * 8]))
+        fields = fields[4 + size :]
+    return ()
 
 
 class Piece:

@@ -2,14 +2,19 @@
 
 Every rank sends a message to the first one, which answers each. The connections are gloo's, one between each pair of
 processes: when a process dies they close, so the first rank knows at once who is gone, and tells the others.
+
+Writing a checkpoint may take longer than the timeout of the process group. So a rank that is at work says so in the
+group's store from time to time, and is waited for as long as it does; the timeout is for one that says nothing.
 """
 
 import math
 import pickle
 import re
+import threading
+import time
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -28,6 +33,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _NOTE_TIME = timedelta(seconds=1)  # how long the first rank may take to leave word
+_BEAT = 10.0  # seconds at most between two signs of life; a quarter of the timeout if that is less
+_NO_SUCH_TAG = 2**31 - 1
 # Errors that say what a caller did wrong are raised on all ranks as what they are.
 _OF_THE_CALLER: tuple[type[Exception], ...] = (ValueError, TypeError, FileNotFoundError)
 
@@ -131,6 +138,12 @@ class Ranks:
             what mine() or decide() has raised on any rank: on all ranks, with the same message.
             PeerError: a rank is gone or silent; on all others.
         """
+        if self.world == 1:
+            return self._agree(operation, mine, decide)
+        with self._wire.at_work():
+            return self._agree(operation, mine, decide)
+
+    def _agree(self, operation: str, mine: Callable[[], T], decide: Callable[[list[T]], list[R]]) -> R:
         cause: BaseException | None = None
         message: T | _Failure
         try:
@@ -156,8 +169,7 @@ class Ranks:
         else:
             try:
                 self._wire.send(message, 0)
-                # The first rank may spend a timeout on one that is silent.
-                answer = self._wire.receive(0, self._wire.timeout * 2)
+                answer = self._wire.receive(0)
             except RuntimeError as error:
                 answer = self._wire.read_note() or self._loss(operation, 0, error)
         if cause is not None and not isinstance(cause, Exception):
@@ -227,7 +239,7 @@ class Ranks:
         for rank, message in enumerate(expected, start=1):
             if not isinstance(message, _Failure):
                 try:
-                    message = self._wire.receive(rank, self._wire.timeout, message)
+                    message = self._wire.receive(rank, message)
                 except RuntimeError as error:
                     message = self._loss(operation, rank, error)
                     self._wire.write_note(message)
@@ -245,25 +257,92 @@ class _Wire:
         self._store = _store(group, ranks)
         self._store.set(f"here/{dist.get_rank()}", "")
         self._gloo = c10d.ProcessGroupGloo(self._store, ranks.index(dist.get_rank()), len(ranks), self.timeout)
+        self._exchange = 0  # counts alike on all ranks
 
     def send(self, value: object, rank: int) -> None:
         data = pickle.dumps(value)
-        for tensor in (torch.tensor([len(data)]), torch.frombuffer(bytearray(data), dtype=torch.uint8)):
-            self._gloo.send([tensor], rank, 0).wait(self.timeout)
+        self._await(self._gloo.send([torch.tensor([len(data)])], rank, 0), rank)
+        self._gloo.send([torch.frombuffer(bytearray(data), dtype=torch.uint8)], rank, 0).wait(self.timeout)
 
     def expect(self, rank: int) -> tuple[Tensor, Any]:
         """Starts to receive the length of a rank's message."""
         length = torch.empty(1, dtype=torch.int64)
         return length, self._gloo.recv([length], rank, 0)
 
-    def receive(self, rank: int, timeout: timedelta, expected: tuple[Tensor, Any] | None = None) -> Any:
+    def receive(self, rank: int, expected: tuple[Tensor, Any] | None = None) -> Any:
         length, work = expected or self.expect(rank)
-        work.wait(timeout)
+        self._await(work, rank)
         data = torch.empty(int(length), dtype=torch.uint8)
-        self._gloo.recv([data], rank, 0).wait(timeout)
+        self._gloo.recv([data], rank, 0).wait(self.timeout)
         return pickle.loads(data.numpy().tobytes())
 
-    # A wait that ends by its timeout closes all connections. What the first rank has to say then goes another way.
+    # ---- patience with a rank that is at work ----
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """One exchange, in which this rank gives signs of life."""
+        self._exchange += 1
+        done = threading.Event()
+
+        def beat(exchange: int) -> None:
+            every, count = min(self.timeout.total_seconds() / 4, _BEAT), 0
+            while not done.wait(every):
+                count += 1
+                with suppress(RuntimeError):  # the store is gone
+                    self._store.set(f"beat/{self._gloo.rank()}", f"{exchange} {count}")
+
+        thread = threading.Thread(target=beat, args=(self._exchange,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(1.0)  # it ends at once, unless a store whose host is gone holds it
+
+    def _await(self, work: Any, rank: int) -> None:
+        """Waits for an operation as long as the other rank gives signs of life, or its timeout for the next one.
+
+        gloo's own wait closes all connections when its time is up, so it gets all the time there is, in a thread.
+        """
+        errors: list[RuntimeError] = []
+
+        def wait() -> None:
+            try:
+                work.wait(timedelta(days=365))
+            except RuntimeError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        seen, end = "", time.monotonic() + self.timeout.total_seconds()
+        while thread.is_alive():
+            thread.join(max(end - time.monotonic(), 0.0))
+            if thread.is_alive() and time.monotonic() >= end:
+                last, seen = seen, self._beat_of(rank)
+                if seen in ("", last):
+                    self._close()
+                    raise RuntimeError(f"no sign of life for {self.timeout.total_seconds():g} s")
+                end = time.monotonic() + self.timeout.total_seconds()
+        if errors:
+            raise errors[0]
+
+    def _beat_of(self, rank: int) -> str:
+        """The last sign of life of a rank in this exchange; empty if there is none."""
+        with suppress(RuntimeError):
+            if self._store.check([f"beat/{rank}"]):
+                found = self._store.get(f"beat/{rank}").decode()
+                return found if found.split()[0] == str(self._exchange) else ""
+        return ""
+
+    def _close(self) -> None:
+        """Closes the connections, so that others do not wait for this rank: a wait that ends by its timeout does."""
+        for rank in range(self._gloo.size()):
+            if rank != self._gloo.rank():
+                with suppress(RuntimeError):
+                    nothing = torch.empty(1, dtype=torch.uint8)
+                    self._gloo.recv([nothing], rank, _NO_SUCH_TAG).wait(timedelta(milliseconds=1))
+
+    # When connections have been closed, what the first rank has to say goes another way.
 
     def write_note(self, failure: _Failure) -> None:
         with suppress(RuntimeError):

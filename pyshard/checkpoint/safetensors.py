@@ -68,7 +68,8 @@ def export_safetensors(
     pipeline. Names and bits are those of the unsharded model. A tied weight is written once, under the first of its
     names. Where a class of transformers renames weights of older files when it loads them, the names are the new ones,
     as save_pretrained(save_original_format=False) writes them. The files are written under another name, which becomes
-    `path` at the very end: a process that is killed leaves no `path`.
+    `path` at the very end: a process that is killed leaves no `path`. One export at a time writes to a target: what
+    it finds of others to the same one is of dead ones, and removed.
 
     The first rank's peak memory is one whole tensor. Disk space: the weights twice for the time of the export, unless
     a checkpoint is given.
@@ -112,8 +113,8 @@ def export_safetensors(
     answer: Any = ranks.agree("looking at the model", look, join)
     temporary, owners = answer
     try:
+        ranks.by_first("making a directory", lambda: _make_temporary(temporary, target))
         if given is None and model is not None:
-            ranks.by_first("making a directory", lambda: files.make_directory(temporary))
             save_checkpoint(temporary / "weights", model, None)
 
         def write() -> None:
@@ -139,6 +140,16 @@ def export_safetensors(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _make_temporary(temporary: Path, target: Path) -> None:
+    """Makes the hidden directory of an export, and removes those that killed ones to the same target have left."""
+    if target.parent.is_dir():
+        name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+        for left in target.parent.iterdir():
+            if name.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
+    files.make_directory(temporary)
+
+
 def owners_of(model: nn.Module | None) -> dict[str, str]:
     """For each name in the model's state_dict, the first of the names of the same tensor in the whole model."""
     if model is None:
@@ -149,7 +160,7 @@ def owners_of(model: nn.Module | None) -> dict[str, str]:
     for name, value in inner.state_dict(keep_vars=True).items():
         share = pipeline_share(value) if isinstance(value, Tensor) else None
         own = naming.plain(name)
-        owners[own] = share.name if share is not None else first.get(id(value), own)
+        owners[own] = naming.plain(share.name) if share is not None else first.get(id(value), own)
     return owners
 
 

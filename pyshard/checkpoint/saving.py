@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .._version import __version__
 from ..comm import PeerError
+from ..kernels.launch import is_dtensor
 from . import background, files, naming, stages
 from .background import AsyncSave
 from .ranks import Ranks, ranks_of
@@ -98,6 +99,8 @@ def save_checkpoint(
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep={keep!r}; expected a whole number, at least 1.")
         payload = _packed(extra) if ranks.first else None
+        if opt is not None:
+            _check_optimizer(opt)
         held = stages.held(model, opt)
         prepared.append((naming.to_save(model, opt), payload))
         return held, bool(async_save)
@@ -257,17 +260,80 @@ def agreed_path(ranks: Ranks, path: str | os.PathLike[str]) -> Path:
 def _packed(extra: dict[str, Any]) -> bytes:
     """The extra values as torch.save writes them; tried whether they can be loaded."""
     for name, value in extra.items():
-        data = io.BytesIO()
-        try:
-            torch.save(value, data)
-            data.seek(0)
-            torch.load(data, weights_only=True)
-        except (pickle.UnpicklingError, pickle.PicklingError, AttributeError, RuntimeError, TypeError) as error:
+        if not _loads(value):
+            where, odd = _odd(name, value)
+            kind = f"{type(odd).__module__}.{type(odd).__qualname__}".removeprefix("builtins.")
             raise TypeError(
-                f"the extra value {name} ({type(value).__name__}) cannot be loaded again by "
-                f"torch.load(weights_only=True): {str(error).splitlines()[0]}. Expected tensors, numbers, strings, and "
-                "lists, tuples and dicts of them. Pass its state_dict(), or a plain form of it."
-            ) from error
+                f"the extra value {where} ({kind}) cannot be loaded again by torch.load(weights_only=True). Expected "
+                f"tensors, numbers, strings, and lists, tuples and dicts of them. {_instead(odd)}"
+            )
     data = io.BytesIO()
     torch.save(extra, data)
     return data.getvalue()
+
+
+def _loads(value: Any) -> bool:
+    data = io.BytesIO()
+    try:
+        torch.save(value, data)
+        data.seek(0)
+        torch.load(data, weights_only=True)
+    except (pickle.UnpicklingError, pickle.PicklingError, AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _odd(where: str, value: Any) -> tuple[str, Any]:
+    """The innermost part of a value that cannot be loaded, and where it is."""
+    parts = value.items() if type(value) is dict else enumerate(value) if type(value) in (list, tuple) else ()
+    for key, part in parts:
+        if not _loads(part):
+            return _odd(f"{where}[{key!r}]", part)
+    return where, value
+
+
+def _instead(value: Any) -> str:
+    """What to pass in place of a value that cannot be loaded."""
+    if isinstance(value, os.PathLike):
+        return "Pass str() of it."
+    if type(value).__module__ == "numpy":
+        return (
+            "Pass torch.from_numpy() of it."
+            if hasattr(value, "__array_interface__") and value.ndim
+            else ("Pass its item().")
+        )
+    return "Pass its state_dict(), or a plain form of it."
+
+
+def _check_optimizer(opt: Optimizer) -> None:
+    """What a load could not put back, because the format has names and numbers of list items, and whole tensors.
+
+    Raises:
+        ValueError: a hyperparameter has a dict that is empty or has other keys than strings; or the state of a DTensor
+            is not a value per element.
+    """
+    for index, group in enumerate(opt.param_groups):
+        for key, value in group.items():
+            if key != "params":
+                _check_nested(f"{key} of group {index} of the optimizer", value)
+        for param in group["params"]:
+            for key, value in opt.state.get(param, {}).items() if is_dtensor(param) else ():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != param.shape:
+                    raise ValueError(
+                        f"state {key!r} of a parameter of shape {tuple(param.shape)}, which is a DTensor, has shape "
+                        f"{tuple(value.shape)}; expected a value per element, which can be cut as the parameter is. "
+                        "Use an optimizer such as pyshard.AdamW."
+                    )
+
+
+def _check_nested(what: str, value: Any) -> None:
+    if isinstance(value, dict):
+        odd = next((key for key in value if not isinstance(key, str)), None)
+        if odd is not None or not value:
+            got = "is an empty dict" if not value else f"has the key {odd!r} ({type(odd).__name__})"
+            raise ValueError(
+                f"{what} {got}; expected dicts with strings as keys, which a checkpoint can hold. Use such, or a tuple."
+            )
+    if isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_nested(f"[{key!r}] in {what}", part)

@@ -1,6 +1,6 @@
 """Loading a model and an optimizer in place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from ..kernels.formats import LOW_KEY, format_of
-from ..kernels.launch import local_tensor
+from ..kernels.launch import is_dtensor, local_tensor
 from ..optim import state as states
 from ..optim.adam import Adam
 from ..optim.flat_shard import FlatShard, take
@@ -114,6 +114,7 @@ class OptimizerLoad:
                     "whose items are tensors and numbers. Use torch.distributed.checkpoint.load."
                 )
             self.items.setdefault(path[0], {})[path[1]] = item
+        self.weights = contents.below("model")
         self.groups = self._read_groups()
         self._check()
 
@@ -125,7 +126,7 @@ class OptimizerLoad:
         self.contents.read(values)
         groups: list[dict[str, Any]] = [{} for _ in {path[0] for path in found}]
         for path, item in found.items():
-            groups[path[0]][path[1]] = values[item.key]
+            _put(groups[path[0]], path[1:], values[item.key])
         return groups
 
     def _check(self) -> None:
@@ -141,9 +142,18 @@ class OptimizerLoad:
             wanted = dict.fromkeys(name for name, _ in (self.whole.groups or [])[index])
             _check_names(f"group {index} of the optimizer", wanted, dict.fromkeys(old["params"]))
         for param in params_of(self.optimizer):
+            whole = naming.whole_shape(param)
             for key, item in self.items.get(self.names[param], {}).items():
-                if item.tensor is not None and key in _PER_ELEMENT:
-                    _check_shape(item.key, item.tensor, naming.whole_shape(param))
+                if item.tensor is None:
+                    continue
+                if key in _PER_ELEMENT:
+                    _check_shape(item.key, item.tensor, whole)
+                elif item.tensor.size not in (whole, torch.Size([])) and (is_dtensor(param) or cut_of(param)):
+                    raise ValueError(
+                        f"{item.key} has shape {tuple(item.tensor.size)} in the checkpoint, and the parameter, of "
+                        f"which this rank holds a part, {tuple(whole)}; expected a value per element, which can be cut "
+                        "as the parameter is. Load it into whole parameters, or use an optimizer such as pyshard.AdamW."
+                    )
 
     def run(self) -> str:
         """One parameter after the other, so that little is in memory twice. The model has been loaded before.
@@ -180,6 +190,8 @@ class OptimizerLoad:
         low, low_key = None, self._low_key(param)
         targets: list[_Target] = []
         run = None if self.sharded is None else self.sharded.run_of(param)
+        if low_key is not None and "master" not in items and (weight := self._wider(param)) is not None:
+            items = items | {"master": weight}
         for key, item in items.items():
             if key == "master" and low_key != "master":
                 if low_key is None:
@@ -207,6 +219,13 @@ class OptimizerLoad:
             loaded["remainder"] = _remainder(param, run, low.kept, kept.get("remainder"))
         return loaded
 
+    def _wider(self, param: Tensor) -> Item | None:
+        """The stored weight of a 16-bit parameter, if it is in full precision: the master that there is."""
+        item = self.weights.get((self.names[param],))
+        if item is None or item.tensor is None or item.tensor.size != naming.whole_shape(param):
+            return None
+        return item if item.tensor.properties.dtype in (torch.float32, torch.float64) else None
+
     def _low_key(self, param: Tensor) -> str | None:
         """Which item completes a 16-bit parameter in this optimizer: "remainder", "master" or none."""
         if not isinstance(self.optimizer, Adam):
@@ -233,6 +252,20 @@ class OptimizerLoad:
             if key != "step" or kept.device == place:
                 return kept
         return torch.empty(stored.size, dtype=stored.properties.dtype, device=place)
+
+
+def _put(group: dict[str, Any], path: Sequence[Any], value: Any) -> None:
+    """Puts a value where it was in a hyperparameter of dicts and lists, whose items come in any order."""
+    place: Any = group
+    for key, after in zip(path, (*path[1:], None), strict=True):
+        if isinstance(place, list):
+            place += [None] * (key + 1 - len(place))
+        if after is None:
+            place[key] = value
+            return
+        if (place[key] if isinstance(place, list) else place.get(key)) is None:
+            place[key] = [] if isinstance(after, int) else {}
+        place = place[key]
 
 
 class _Target:

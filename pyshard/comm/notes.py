@@ -8,6 +8,10 @@ that is in another operation (its note names it), and one that failed by itself 
 A failure of a group is one on all its ranks, and the last one: connections over gloo do not come back. Ranks count
 failures all the same, and read only notes of their own count, so that an old note is never taken for a new one. And
 none that is older than their process: torchrun keeps a store when it restarts its workers.
+
+A rank that fails in one group leaves the others waiting in its other groups, where it would look like the one to blame.
+So it leaves a note in each of those that it knows (know()), which says whose fault it was, and ends its part in them.
+Its neighbours do the same in theirs, and so all ranks of a mesh learn of the one that was first.
 """
 
 import json
@@ -33,10 +37,12 @@ _POLL = 0.02  # seconds
 _TEXT = 2000  # characters of a note's operation, and of its text
 _NO_SUCH_TAG = 2**31 - 1
 
-CLOSED, TIMEOUT, OTHER, FAILED = "closed", "timeout", "other", "failed"
+CLOSED, TIMEOUT, OTHER, FAILED, ELSEWHERE = "closed", "timeout", "other", "failed", "elsewhere"
 
-# Failures of each group so far on this rank; attribute of exceptions: the group that has a note of it already.
+# Failures of each group so far on this rank; attribute of exceptions: the groups that have a note of it already.
 _failures: "weakref.WeakKeyDictionary[dist.ProcessGroup, int]" = weakref.WeakKeyDictionary()
+_groups: "weakref.WeakSet[dist.ProcessGroup]" = weakref.WeakSet()  # that this process knows
+_ended: "weakref.WeakKeyDictionary[dist.ProcessGroup, PeerError]" = weakref.WeakKeyDictionary()  # because of this one
 _told = "_pyshard_told"
 
 
@@ -45,7 +51,7 @@ class _Note:
     """What one rank says."""
 
     rank: int  # global
-    kind: str  # what its error was: CLOSED, TIMEOUT, OTHER; or it has FAILED by itself
+    kind: str  # what its error was: CLOSED, TIMEOUT, OTHER; or it has FAILED by itself, or because of another group
     operation: str
     text: str
     blames: int | None = None  # the rank because of which it failed, if that is another one
@@ -66,6 +72,7 @@ class Notes:
         self.who, self.group, self.hint = who, group, hint
         self.ranks = dist.get_process_group_ranks(group)
         self.rank = dist.get_rank()
+        know(group)
 
     def error(self, operation: str, error: BaseException) -> PeerError:
         """The error to raise `from error`, which a collective in `operation` gave; takes up to a second.
@@ -76,6 +83,8 @@ class Notes:
         """
         if isinstance(error, PeerError):
             return error
+        if (ended := self.ended(operation)) is not None:
+            return ended
         reason = plain(error)
         mine = _Note(self.rank, _kind(reason), operation, reason)
         end = time.monotonic() + SECONDS
@@ -91,12 +100,41 @@ class Notes:
         words = [f"rank {note.rank} was in: {note.operation}" for note in others if note.operation not in text]
         told = f" R{'; '.join(words)[1:]}." if words else ""
         hint = f" {self.hint}" if self.hint else ""
-        return PeerError(
+        found = PeerError(
             f"{self.who}: {operation} failed on rank {self.rank}: {text}.{told}{hint} Look at the first error of that "
             "rank, then start all ranks again from the last checkpoint.",
             rank,
             operation,
         )
+        self._tell_other_groups(operation, found)
+        return found
+
+    def mismatch(self, operation: str, where: dict[str, list[int]]) -> PeerError:
+        """The error of ranks that have found themselves in different operations, each with its ranks; on all of them.
+
+        Connections in this group stay as they are. Other groups are told.
+        """
+        alone = [ranks[0] for ranks in where.values() if len(ranks) == 1]
+        others = [rank for rank in self.ranks if rank != self.rank]
+        rank = alone[0] if len(alone) == 1 else others[0] if len(others) == 1 else None
+        places = "; ".join(f"{_list(ranks)} in {place}" for place, ranks in where.items())
+        hint = f" {self.hint}" if self.hint else ""
+        found = PeerError(
+            f"{self.who}: {operation} failed on rank {self.rank}: ranks are in different operations: {places}; "
+            f"expected the same calls in the same order on all ranks.{hint}",
+            rank,
+            operation,
+        )
+        self._tell_other_groups(operation, found)
+        return found
+
+    def ended(self, operation: str) -> PeerError | None:
+        """The error of whatever is begun in a group that this rank has left because of another group's failure."""
+        cause = _ended.get(self.group)
+        if cause is None:
+            return None
+        text = f"{self.who}: {operation} failed on rank {self.rank}: this rank has left the group before: {cause}"
+        return PeerError(text, cause.rank, operation)
 
     def leave(self, operation: str, error: BaseException) -> None:
         """This rank has failed by itself in `operation`: says so, for the others to read when they miss it.
@@ -104,9 +142,22 @@ class Notes:
         They notice at once if abort(group) follows. Never raises for a store that is gone. `error` may be a PeerError
         of another group: the others then learn whose fault it was there.
         """
-        blames = error.rank if isinstance(error, PeerError) else None
+        kind, blames = (ELSEWHERE, error.rank) if isinstance(error, PeerError) else (FAILED, self.rank)
         text = f"{type(error).__name__}: {error}"
-        self._leave(_Note(self.rank, FAILED, operation, text, blames), error, time.monotonic() + SECONDS)
+        self._leave(_Note(self.rank, kind, operation, text, blames), error, time.monotonic() + SECONDS)
+        self._tell_other_groups(operation, error)
+
+    def _tell_other_groups(self, operation: str, error: BaseException) -> None:
+        """Leaves notes in all groups that this process knows, and ends its part in them."""
+        end = time.monotonic() + SECONDS
+        blames = error.rank if isinstance(error, PeerError) else self.rank
+        kind = ELSEWHERE if isinstance(error, PeerError) else FAILED
+        note = _Note(self.rank, kind, operation, f"{type(error).__name__}: {error}", blames)
+        for group in list(_groups):
+            if group is not self.group and group not in _ended:
+                Notes(self.who, group)._leave(note, error, end)
+                _ended[group] = PeerError(note.text, blames, operation)
+                abort(group)
 
     # ---- the store ----
 
@@ -116,10 +167,11 @@ class Notes:
 
     def _leave(self, note: _Note, error: BaseException, end: float) -> bool:
         """Writes a note, once for each failure: an exception may pass several layers. False if it could not."""
-        if getattr(error, _told, None) == self.group.group_name:
+        told: frozenset[str] = getattr(error, _told, frozenset())
+        if self.group.group_name in told:
             return True
         count = _failures[self.group] = _failures.get(self.group, 0) + 1
-        setattr(error, _told, self.group.group_name)
+        setattr(error, _told, told | {self.group.group_name})
         return _bounded(lambda: self._write(count, note), end)
 
     def _write(self, count: int, note: _Note) -> None:
@@ -137,7 +189,7 @@ class Notes:
                     note = _Note(**json.loads(store.get(str(rank))))
                     if note.time > born:
                         notes[rank] = note
-            if any(note.kind == FAILED for note in notes.values()):
+            if any(note.kind in (FAILED, ELSEWHERE) for note in notes.values()):
                 return
             time.sleep(_POLL)
 
@@ -148,11 +200,9 @@ class Notes:
         inorder = sorted(notes.values(), key=lambda note: note.order)
         others = [rank for rank in self.ranks if rank != self.rank]
         for note in inorder:
-            if note.kind == FAILED and note.blames not in (None, note.rank):
-                return (
-                    note.blames,
-                    f"rank {note.rank} left in {note.operation}, because of rank {note.blames} ({note.text})",
-                )
+            if note.kind == ELSEWHERE:
+                why = "" if note.blames is None else f", because of rank {note.blames}"
+                return note.blames, f"rank {note.rank} left in {note.operation}{why} ({note.text})"
             if note.kind == FAILED:
                 return note.rank, f"rank {note.rank} has failed by itself in {note.operation}: {note.text}"
         first = _first(notes)
@@ -185,6 +235,25 @@ class Notes:
             others[0] if len(others) == 1 else None,
             f"all ranks have left word, so a connection broke or a rank came later than the timeout ({mine.text})",
         )
+
+
+def know(group: dist.ProcessGroup) -> None:
+    """Has failures of other groups be told to this one, of more than one rank."""
+    if group.size() > 1:
+        _groups.add(group)
+
+
+def suspect(operation: str, error: BaseException) -> None:
+    """Leaves word in all known groups that this rank has failed by itself in an operation without the others.
+
+    Whoever misses it later reads so, unless another failure of this rank comes before that.
+    """
+    end = time.monotonic() + SECONDS
+    for group in list(_groups):
+        ours = Notes("", group)
+        note = _Note(ours.rank, FAILED, operation, f"{type(error).__name__}: {error}", ours.rank)
+        count = _failures.get(group, 0) + 1  # that of the next failure
+        _bounded(lambda ours=ours, note=note, count=count: ours._write(count, note), end)  # type: ignore[misc]
 
 
 def abort(group: dist.ProcessGroup) -> None:

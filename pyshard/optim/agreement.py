@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._version import __version__
-from ..comm.notes import Notes
+from ..comm import agree
 from ..placement import tensor_shard
 
 Items = list[tuple[str, Any]]
@@ -81,12 +81,8 @@ def check(
 
     A `problem` of this rank is raised here, and as a ValueError on the others. PeerError: a rank does not answer.
     """
-    every: list[Any] = [None] * len(ranks)
-    try:
-        dist.all_gather_object(every, items if problem is None else f"{problem}", group=group)
-    except RuntimeError as error:
-        ours = dist.group.WORLD if group is None else group
-        raise Notes(who, ours, "Nothing was changed.").error(OPERATION, error) from error  # type: ignore[arg-type]
+    mine = items if problem is None else f"{problem}"
+    every = agree.objects(who, group, OPERATION, mine, hint="Nothing was changed.")
     if problem is not None:
         raise problem
     for rank, theirs in zip(ranks, every, strict=True):

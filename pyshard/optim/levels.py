@@ -12,13 +12,13 @@ one halves s. Parameters of a pipeline are cut over it, since each stage has its
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..comm import agree
 from ..comm.notes import Notes
 from ..placement import TensorShard, pipeline_share, tensor_shard
 from .distributed import shard_groups
@@ -53,19 +53,13 @@ class Level:
     def __str__(self) -> str:
         return f"{self.kind} {list(self.ranks)}"
 
-    def exchange(self, who: str, payload: bytes, seconds: float | None = None) -> list[bytes]:
-        """What every rank has passed, all of one length, in rank order. PeerError: one does not answer."""
-        devices = {device.type for device in self.group._device_types}
-        device = torch.device("cpu" if "cpu" in devices else next(iter(devices)))
-        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
-        heard = [torch.empty_like(mine) for _ in self.ranks]
-        try:
-            work = dist.all_gather(heard, mine, group=self.group, async_op=True)
-            if work is not None:
-                work.wait() if seconds is None else work.wait(timedelta(seconds=seconds))
-        except RuntimeError as error:
-            raise Notes(who, self.group, "Nothing was changed by this step.").error(self.operation, error) from error
-        return [one.cpu().numpy().tobytes() for one in heard]
+    def exchange(self, who: str, payload: bytes, seconds: float | None = None, detail: str = "") -> list[bytes]:
+        """What every rank has passed, in rank order. PeerError: one does not answer, or is in another operation.
+
+        `detail`: for the errors of ranks that are elsewhere.
+        """
+        hint = "Nothing was changed by this step."
+        return agree.exchange(who, self.group, self.operation, payload, seconds, detail=detail, hint=hint)
 
 
 def _groups_of(param: Tensor) -> list[tuple[str, dist.ProcessGroup]]:
@@ -128,16 +122,38 @@ def passed(every: Sequence[Sequence[float]]) -> list[float]:
     return after
 
 
-def over_levels(levels: Sequence[Level], sums: Tensor, combine: Combine = torch.add) -> Tensor:
-    """The sum over all ranks, 0-d, from sums [2 ** levels] on any device, without the host: the bits of passed()."""
+def over_levels(
+    who: str, operation: str, levels: Sequence[Level], sums: Tensor, combine: Combine = torch.add
+) -> Tensor:
+    """The sum over all ranks, 0-d, from sums [2 ** levels] on any device: the bits of passed(). All are in `operation`.
+
+    Nothing waits for a device other than the CPU. PeerError: a rank does not answer, or is in another operation.
+    """
     for level in levels:
-        every = [torch.empty_like(sums) for _ in level.ranks]
-        dist.all_gather(every, sums.contiguous(), group=level.group)
+        every = _everyone(who, f"{operation}, over the {level.kind}", level, sums.contiguous())
         together = every[0][1::2]
         for one in every[1:]:
             together = combine(together, one[1::2])
         sums = combine(every[0][::2], together)
     return sums[0]
+
+
+def _everyone(who: str, operation: str, level: Level, sums: Tensor) -> list[Tensor]:
+    if sums.device.type != "cpu":
+        every = [torch.empty_like(sums) for _ in level.ranks]
+        try:
+            dist.all_gather(every, sums, group=level.group)
+        except RuntimeError as error:
+            raise Notes(who, level.group, "Nothing was changed.").error(operation, error) from error
+        return every
+    heard = agree.exchange(who, level.group, operation, sums.numpy().tobytes(), hint="Nothing was changed.")
+    if len({len(one) for one in heard}) > 1:
+        sizes = {rank: len(one) // sums.itemsize for rank, one in zip(level.ranks, heard, strict=True)}
+        raise ValueError(
+            f"{who}: the parameters are cut in other ways on some ranks of the {level}: sums of each are {sizes}; "
+            "expected the same ways on all. Pass the mesh, or all parameters of this rank."
+        )
+    return [torch.frombuffer(bytearray(one), dtype=sums.dtype) for one in heard]
 
 
 def _check(who: str, index: int, param: Tensor, shard: TensorShard) -> None:

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm import PeerError
+from ..comm import PeerError, agree
+from ..comm.notes import Notes
 from ..kernels.launch import local_tensor
 from ..placement import pipeline_share
 from . import agreement
@@ -138,7 +139,13 @@ class Peers:
         width = max(_SUMS, 1 << len(self.levels) - self.told)  # the same on all ranks of a level
         self.told += 1
         values = struct.pack(f"<{width}d", *sums, *[0.0] * (width - len(sums)))
-        heard = level.exchange(self.who, head + values, self.seconds)
+        detail = "" if self.compared else "comparing settings, as at the first step and after add_param_group()"
+        heard = level.exchange(self.who, head + values, self.seconds, detail)
+        if len({len(one) for one in heard}) > 1:
+            raise Disagreement(
+                f"{self.who}: ranks of the {level} hold parts over other groups than each other; expected the same "
+                "groups on all of them. Cut all parts of the model in the same ways."
+            )
         heads = [_HEAD.unpack_from(one) for one in heard]
         every = [struct.unpack_from(f"<{width}d", one, _HEAD.size) for one in heard]
         failed = [place for place, one in enumerate(heads) if one[0]]
@@ -150,7 +157,7 @@ class Peers:
 
     def _failure(self, level: Level, place: int, kind: int, text: bytes) -> Exception:
         """The error of a rank of the level, as this one has it; it says whose error it was in the first place."""
-        origin, _, message = text.rstrip(b"\0").decode(errors="replace").partition("\n")
+        origin, _, message = text.decode(errors="replace").partition("\n")
         rank = int(origin)
         self._heard = rank, message
         if kind == _DISAGREED:
@@ -164,11 +171,11 @@ class Peers:
     def _text(self, error: BaseException | None) -> bytes:
         """Whose error it is, and what it says."""
         if error is None:
-            return b"\0" * _TEXT_BYTES
+            return b""
         text = str(error) if isinstance(error, Disagreement) else f"{type(error).__name__}: {error}"
         rank = error.rank if isinstance(error, PeerError) and error.rank is not None else dist.get_rank()
         rank, text = self._heard or (rank, text)
-        return f"{rank}\n{text}".encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+        return f"{rank}\n{text}".encode()[:_TEXT_BYTES]
 
     def _check(self, optimizer: "Adam", level: Level, heads: list[tuple[Any, ...]]) -> None:
         _, news, infs, digests, scales = zip(*heads, strict=True)
@@ -216,7 +223,7 @@ class Peers:
 
     def sum_on_device(self, sums: Tensor) -> Tensor:
         """The sum of squares of all gradients, 0-d, from `sums` as in hear(), where they are."""
-        return over_levels(self.levels, sums)
+        return over_levels(self.who, "norm of all gradients in step()", self.levels, sums)
 
     def inf_on_device(self, optimizer: "Adam") -> None:
         """GradScaler's inf of all ranks, for a step that reads nothing on the host."""
@@ -226,7 +233,10 @@ class Peers:
         together = torch.as_tensor(found_inf, dtype=torch.float32, device=device_of(optimizer))
         for level in self.levels:
             every = [torch.empty_like(together) for _ in level.ranks]
-            dist.all_gather(every, together.contiguous(), group=level.group)
+            try:
+                dist.all_gather(every, together.contiguous(), group=level.group)
+            except RuntimeError as error:
+                raise Notes(self.who, level.group).error(level.operation, error) from error
             together = torch.stack(every).amax(0)
         optimizer.found_inf = together  # type: ignore[attr-defined]  # GradScaler removes it after step()
         tell_scaler(together)
@@ -249,8 +259,8 @@ class Peers:
             else:
                 yield f"  DTensors over ranks {ranks}: {cut} parameters are sharded"
         if optimizer.options.needs_norm():
-            size = _HEAD.size + 8 * max(_SUMS, 1 << len(self.levels))
-            where = "on the device" if stays_on_device(optimizer) else f"in one message of {size} bytes a step"
+            size = f"one message of {agree.FRAME} bytes a step"
+            where = "on the device" if stays_on_device(optimizer) else f"in {size}"
             yield (
                 "    squares of the gradients: over these groups in this order; of parameters that are whole once, as "
                 f"the group's first rank has them, and of cut ones summed in rank order; {where} and group"

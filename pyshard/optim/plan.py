@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..comm.notes import suspect
 from ..kernels import checks
 from ..kernels.formats import LOW_KEY, Format, format_of, kind_of
 from ..kernels.launch import Entry, HostLaunch, Launch, local_tensor
@@ -46,11 +47,13 @@ def some(who: str, params: ParamsT) -> ParamsT:
         return params  # torch says that it is not a list
     listed: Any = list(params)  # one of its kinds
     if not listed:
-        raise ValueError(
+        error = ValueError(
             f"{who}: optimizer got an empty parameter list; expected at least one parameter. Freeze those that are not "
-            "trained by requires_grad=False instead of leaving them out. If this is a pipeline stage without "
-            "parameters, use fewer stages."
+            "trained by requires_grad=False instead of leaving them out: pass all parameters of a pipeline stage. If "
+            "it has none, use fewer stages."
         )
+        suspect(f"the construction of {who}", error)  # other stages have parameters, and will wait for this one
+        raise error
     return listed
 
 

@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..comm.agree import objects
 from ..kernels.launch import local_tensor
 from ..placement import PipelineShare, set_pipeline_share
 from . import balance as balancing
+from .inputs import input_names
 from .parts import Plan, parts_of
-from .pipeline import Pipeline, input_names
+from .pipeline import Pipeline
 from .runtime import Settings
 from .schedules import check, kind_of, ranks_of_stages
 from .stage import Absent, Stage, StageBlocks
@@ -57,7 +59,8 @@ def pipeline(
             of forward and backward (needs `example`); or the number of blocks of each stage.
         stages_per_rank: None: 2 for the schedules with several stages, else 1.
         plan: which modules are used before and after the blocks. None: by the order in which they are registered.
-        example: inputs of the model by name, of a microbatch's size, for balance="time".
+        example: inputs of the model by name, of a microbatch's size, for balance="time"; also the target, if it is
+            not the first of them.
         loss_reduction: "mean": the loss is the mean over microbatches; "sum": it is their sum, for a loss_fn that sums
             and divides by a count of its own. (A mean over unequal numbers of tokens is not that of the whole batch.)
 
@@ -188,26 +191,38 @@ def _bounds(
     if balance == "parameters":
         return balancing.split(balancing.by_parameters(model, parts), stages)
 
+    inputs = dict(example or {})
+    target = inputs.pop("target", next((value for value in inputs.values() if isinstance(value, Tensor)), None))
+
     def loss(output: Tensor) -> Tensor:
-        if loss_fn is None:
-            return output.float().sum()
-        target = next(value for value in (example or {}).values() if isinstance(value, Tensor))
-        try:
-            return loss_fn(output, target)
-        except (TypeError, ValueError, RuntimeError):  # a target of another kind than the inputs
-            return output.float().sum()
+        return output.float().sum() if loss_fn is None else loss_fn(output, target)
 
     def wait() -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
-    costs = balancing.by_time(model, parts, example or {}, loss, wait)
-    values: list[Any] = [costs.values()]
+    problem: Exception | None = None
+    values: list[Any] = [[]]
+    try:
+        values = [balancing.by_time(model, parts, inputs, loss, wait).values()]
+    except Exception as error:
+        problem = error
     # One rank's times count, or the ranks of a stage would not hold the same blocks.
-    groups = mesh.get_all_groups() if isinstance(mesh, DeviceMesh) else [group]
-    for each in groups:
-        dist.broadcast_object_list(values, group=each, group_src=0)
+    for each in mesh.get_all_groups() if isinstance(mesh, DeviceMesh) else [group]:
+        _raise_together(problem, each)
+        values = objects(_WHO, each, "times of the blocks", values)[0]
     return balancing.split(balancing.Costs.of(values[0]), stages)
+
+
+def _raise_together(problem: Exception | None, group: dist.ProcessGroup) -> None:
+    """Raises on all ranks of a group what one of them has met while it measured."""
+    mine = None if problem is None else f"{type(problem).__name__}: {problem}"
+    every = objects(_WHO, group, "measurement of the blocks", mine)
+    if problem is not None:
+        raise problem
+    for rank, text in zip(dist.get_process_group_ranks(group), every, strict=True):
+        if text is not None:
+            raise ValueError(f"{_WHO}: balance='time' failed on rank {rank}: {text}")
 
 
 # ---- tied weights ----
@@ -244,10 +259,10 @@ def _share(
     for param in {id(p): p for p in model.parameters()}.values():
         name, _, stages = holders[id(param)]
         owners = list(dict.fromkeys(ranks[stage] for stage in sorted(stages)))
-        if len(owners) > 1 and param.requires_grad:
+        if len(owners) > 1:
             ties.append(Tie(name, here.get(id(param)), owners))
         if id(param) in here:
-            share = PipelineShare(group, name, counted=owners[0] == me, tied=len(owners) > 1 and param.requires_grad)
+            share = PipelineShare(group, name, counted=owners[0] == me, tied=len(owners) > 1)
             set_pipeline_share(param, share)
     return ties
 
@@ -267,9 +282,8 @@ def _take_apart(model: nn.Module, parts: Plan) -> None:
 def _agree(model: nn.Module, options: str, problem: Exception | None, group: dist.ProcessGroup) -> None:
     """Raises on all ranks if one of them has a problem, other options or a model of other shapes."""
     shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
-    every: list[Any] = [None] * group.size()
     mine = (None if problem is None else str(problem), options, shapes)
-    dist.all_gather_object(every, mine, group=group)
+    every = objects(_WHO, group, "making of a pipeline", mine)
     if problem is not None:
         raise problem
     ranks = dist.get_process_group_ranks(group)
@@ -296,8 +310,7 @@ def _check_tied(model: nn.Module, holders: _Holders, group: dist.ProcessGroup) -
         if len(stages) > 1 and not param.is_meta:
             value = local_tensor(param.detach()).contiguous().cpu()
             digests[name] = hashlib.sha1(value.view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-    every: list[Any] = [None] * group.size()
-    dist.all_gather_object(every, digests, group=group)
+    every = objects(_WHO, group, "comparison of tied weights", digests)
     ranks = dist.get_process_group_ranks(group)
     for rank, theirs in zip(ranks, every, strict=True):
         differing = next((name for name in digests if theirs.get(name) != digests[name]), None)

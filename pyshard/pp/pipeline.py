@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
+import operator
+import pickle
+import re
+import struct
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,16 +17,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..comm import PeerError
+from ..comm.agree import exchange
 from ..comm.notes import Notes, abort
-from ..placement import pipeline_share, tensor_shard
+from ..placement import Keeping, pipeline_share, said_again, tensor_shard
 from ..tp.splits import split_sizes
+from . import probe
+from .inputs import bind, contents, cut_along_batch, signature
 from .runtime import Run, Settings
 from .stage import Stage
-from .ties import Exchange, Tie
+from .ties import Sums, Tie
 
 # Shapes of inputs for which stages and receive buffers are kept. Training and evaluation are different ones.
 _KEPT = 8
 _WHO = "pyshard.pp.Pipeline"
+# torch raises errors of a stage's module from errors of its own, which begin so.
+_TORCHS = re.compile(r"\s*(\[Stage \d+\] failed to run forward|Failed to run stage backward)")
+
+_CALL = struct.Struct("<IqIqq")  # CRC of the call, a problem, CRC of inputs, ties that are trained, and frozen ones
+
+T = TypeVar("T")
 
 
 class Output(NamedTuple):
@@ -39,7 +52,7 @@ class Output(NamedTuple):
     logits: Tensor | None
 
 
-class Pipeline(nn.Module):
+class Pipeline(Keeping):
     """This rank's stages of a model, and training steps of all ranks. Made by pyshard.pp.pipeline().
 
     Names of parameters, buffers and of the state_dict() are those of the whole model; what is on other stages is not
@@ -62,7 +75,8 @@ class Pipeline(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.settings, self.ties, self.group, self.device = settings, ties, group, device
         self._runs: dict[Any, Run] = {}
-        self._hidden: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None = None  # of inputs and hidden states
+        # For each mode: a shape of inputs, and shape and dtype of its hidden states.
+        self._hidden: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}
         self._notes = Notes(_WHO, group)
         self._failed: str | None = None
 
@@ -107,10 +121,11 @@ class Pipeline(nn.Module):
             raise RuntimeError(
                 f"{_WHO}.load_state_dict: missing {', '.join(missing[:3])}; expected all names of this rank's stages"
             )
-        for stage in self.stages:
-            model: nn.Module = stage.model  # type: ignore[assignment]
-            held = model.state_dict()
-            model.load_state_dict({k: v for k, v in state_dict.items() if k in held}, strict=strict, assign=assign)
+        with said_again(self):
+            for stage in self.stages:
+                model: nn.Module = stage.model  # type: ignore[assignment]
+                held = model.state_dict()
+                model.load_state_dict({k: v for k, v in state_dict.items() if k in held}, strict=strict, assign=assign)
         return nn.modules.module._IncompatibleKeys(missing, [])
 
     # ---- steps ----
@@ -165,25 +180,27 @@ class Pipeline(nn.Module):
             raise RuntimeError(f"{who}: an earlier step failed ({self._failed}); start all ranks again.")
         backward, problem, inputs, cuts = call == "step", None, {}, {}
         try:
-            inputs = self._bind(args, kwargs)
-            cuts = self._cuts(who, inputs, target)
+            inputs = bind(who, self.settings.names, args, kwargs)
+            cuts = cut_along_batch(who, inputs, target, self.settings.microbatches)
         except (TypeError, ValueError) as error:
             problem = error
-        key = (call, target is not None, _signature({**inputs, "target": target}))
-        self._agree(who, key, problem)
-        run = self._runs.get(key)
+        autocast, dtype = self._mode()
+        given = {**inputs, "target": target}
+        key = (call, autocast, signature(given))
+        self._agree(who, key, contents(given), problem)
+        run = self._runs.get((key, dtype))
         if run is None:
             run = self._make_run(inputs, cuts, target is not None)
             if len(self._runs) >= _KEPT:
                 self._runs.pop(next(iter(self._runs)))  # the same one on all ranks
-            self._runs[key] = run
+            self._runs[key, dtype] = run
         run.scaler, run.raw = scaler, []
         try:
             if backward:
-                with Exchange(self.ties, dict(self.named_parameters()), self.group) as exchange:
+                with Sums(self.ties, dict(self.named_parameters(remove_duplicate=False)), self.group) as sums:
                     logits = run(inputs, target, True, return_logits)
                     run.doing.operation, run.doing.computing = "sum of the gradients of tied weights", False
-                    exchange()
+                    sums()
                 self._done()
             else:
                 logits = run(inputs, target, False, return_logits)
@@ -223,8 +240,8 @@ class Pipeline(nn.Module):
         """Raises what went wrong on this rank, or what has become of the others; they are told."""
         operation = run.doing.operation
         cause = error.__cause__
-        if isinstance(cause, Exception) and "ailed to run" in str(error):  # torch's own wrapping
-            error, cause = cause, cause.__cause__
+        if isinstance(cause, Exception) and _TORCHS.match(str(error)):
+            error = cause
         self._failed = f"{type(error).__name__}: {error}".splitlines()[0]
         if run.doing.computing or not isinstance(error, RuntimeError):
             self._notes.leave(operation, error)
@@ -232,51 +249,23 @@ class Pipeline(nn.Module):
             raise error
         raise self._notes.error(operation, error) from error
 
-    # ---- inputs ----
+    # ---- agreement ----
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs by name."""
-        if len(args) > len(self.settings.names):
-            raise TypeError(
-                f"{_WHO}: {len(args)} inputs; expected at most {len(self.settings.names)}: "
-                f"{', '.join(self.settings.names)}."
-            )
-        inputs = dict(zip(self.settings.names, args, strict=False))
-        twice = [name for name in kwargs if name in inputs]
-        if twice:
-            raise TypeError(f"{_WHO}: {', '.join(twice)} was given twice, by place and by name; expected once.")
-        return inputs | kwargs
+    def _param(self, name: str) -> nn.Parameter:
+        return next(param for known, param in self.named_parameters(remove_duplicate=False) if known == name)
 
-    def _cuts(self, who: str, inputs: dict[str, Any], target: Tensor | None) -> dict[str, bool]:
-        """Which inputs are cut along the batch."""
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        if not tensors or not next(iter(tensors.values())).dim():
-            raise ValueError(f"{who}: no tensor [batch, ...] among the inputs {list(inputs)}; expected one.")
-        first, batch = next((name, value.shape[0]) for name, value in tensors.items())
-        n = self.settings.microbatches
-        if batch % n or batch == 0:
-            raise ValueError(
-                f"{who}: {first} has a batch of {batch}; expected a multiple of n_microbatches={n}. Change one of them."
-            )
-        if target is not None and (not isinstance(target, Tensor) or target.shape[:1] != (batch,)):
-            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise ValueError(f"{who}: target is {got}; expected a tensor with the batch of {batch} first, as {first}.")
-        return {n: isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == batch for n, v in inputs.items()}
-
-    def _agree(self, who: str, key: Any, problem: Exception | None) -> None:
+    def _agree(self, who: str, key: Any, inputs: int, problem: Exception | None) -> None:
         """Raises on all ranks if one has a problem or another call; nothing has been sent to a stage then."""
-        mine = torch.tensor([zlib.crc32(repr(key).encode()), problem is not None], device=self.device)
-        every = [torch.empty_like(mine) for _ in range(self.group.size())]
-        try:
-            dist.all_gather(every, mine, group=self.group)
-        except RuntimeError as error:
-            self._failed = "agreement of the ranks"
-            raise self._notes.error(f"agreement of the ranks in {who}", error) from error
-        values = [tuple(int(v) for v in each) for each in every]
-        if not any(bad for _, bad in values) and len({digest for digest, _ in values}) == 1:
+        trained = [None if tie.here is None else self._param(tie.here).requires_grad for tie in self.ties]
+        masks = [sum(1 << i for i, found in enumerate(trained) if found is want) for want in (True, False)]
+        mine = _CALL.pack(zlib.crc32(repr(key).encode()), problem is not None, inputs, *masks)
+        heard = [_CALL.unpack(one) for one in self._exchange("call of a pipeline", mine, who)]
+        digests, bad, all_contents, yes, no = zip(*heard, strict=True)
+        both = functools.reduce(operator.or_, yes) & functools.reduce(operator.or_, no)
+        if not any(bad) and not both and len(set(digests)) == 1 and len(set(all_contents)) == 1:
             return
-        said: list[Any] = [None] * len(values)
-        dist.all_gather_object(said, (repr(key), None if problem is None else f"{problem}"), group=self.group)
+        text = pickle.dumps((repr(key), None if problem is None else f"{problem}"))
+        said = [pickle.loads(one) for one in self._exchange("differences of a pipeline's calls", text, who)]
         if problem is not None:
             raise problem
         ranks = dist.get_process_group_ranks(self.group)
@@ -289,31 +278,46 @@ class Pipeline(nn.Module):
                     f"{who}: rank {rank} was called with {other} and rank {ranks[0]} with {said[0][0]}; expected the "
                     "same call with the same batch on all ranks of the pipeline."
                 )
+        if both:
+            name = next(tie.name for i, tie in enumerate(self.ties) if both >> i & 1)
+            raise ValueError(
+                f"{who}: {name} is trained on some of the stages that hold it and frozen on others; expected the same "
+                "requires_grad for all copies."
+            )
+        raise ValueError(
+            f"{who}: ranks {ranks} have inputs of one shape and different integers in them; expected the same batch on "
+            "all ranks of the pipeline. Give them one sampler seed: only data-parallel ranks see different batches."
+        )
 
     # ---- shapes ----
 
     def _make_run(self, inputs: dict[str, Any], cuts: dict[str, bool], with_loss: bool) -> Run:
         n = self.settings.microbatches
         first = next(value for value in inputs.values() if isinstance(value, Tensor))
-        shape = (first.shape[0] // n, *first.shape[1:])
-        known = self._known(shape)
+        shape, mode = (first.shape[0] // n, *first.shape[1:]), self._mode()
+        known = self._known(shape, mode)
         if known is None:
             micro = {k: v[: v.shape[0] // n] if cuts[k] else v for k, v in inputs.items()}
             known = self._probe(micro)
-            self._hidden = (shape, *known)
+            self._hidden[mode] = (shape, *known)
         meta = torch.empty(known[0], dtype=known[1], device="meta", requires_grad=True)
         stages: list[Stage] = list(self.stages)  # type: ignore[arg-type]
-        settings = self.settings
-        return Run(settings, stages, self.group, self.device, meta, cuts, with_loss)
+        return Run(self.settings, stages, self.group, self.device, meta, cuts, with_loss)
 
-    def _known(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], torch.dtype] | None:
+    def _mode(self) -> tuple[Any, ...]:
+        """What decides about the dtype of hidden states besides the inputs."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind) and str(torch.get_autocast_dtype(kind))
+        return autocast, tuple(sorted({str(param.dtype) for param in self.parameters()}))
+
+    def _known(self, shape: tuple[int, ...], mode: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Shape and dtype of hidden states for inputs of a shape, from those that are known for another one.
 
         Not every rank of a sharded model may come here at the same time, so the model is not run again for it.
         """
-        if self._hidden is None:
+        if mode not in self._hidden:
             return None
-        old, hidden, dtype = self._hidden
+        old, hidden, dtype = self._hidden[mode]
         if len(shape) != len(old) or len(shape) < 2 or len(hidden) < 2 or hidden[0] != old[0]:
             return None
         group = next((s.group for p in self.parameters() if (s := tensor_shard(p)) is not None), None)
@@ -326,31 +330,41 @@ class Pipeline(nn.Module):
         return ((shape[0], now, *hidden[2:]), dtype) if hidden[1] == was else None
 
     def _probe(self, micro: dict[str, Any]) -> tuple[tuple[int, ...], torch.dtype]:
-        """What comes out of the first block for one microbatch, told to all ranks by the one that has it."""
-        source = self.settings.ranks[0]
-        found: list[Any] = [None]
-        if dist.get_rank(self.group) == source:
-            stage: Stage = self.stages[0]  # type: ignore[assignment]
-            devices = [] if self.device.type == "cpu" else [self.device]
-            blocks = stage.blocks
-            blocks.stop = blocks.begin
-            try:
-                with torch.no_grad(), torch.random.fork_rng(devices, device_type=self.device.type):
-                    hidden = stage(**micro)
-                found = [(tuple(hidden.shape), hidden.dtype)]
-            except Exception as error:
-                found = [f"{type(error).__name__}: {error}"]
-                raise
-            finally:
-                blocks.stop = None
-                self._reshard()
-                dist.broadcast_object_list(found, group=self.group, group_src=source)
-        else:
-            dist.broadcast_object_list(found, group=self.group, group_src=source)
-        if isinstance(found[0], str):
-            rank = dist.get_process_group_ranks(self.group)[source]
-            raise PeerError(f"{_WHO}: rank {rank} failed in the first block: {found[0]}", rank, "forward of stage 0")
-        return found[0]
+        """What comes out of the first block for one microbatch, and whether the other stages can go on from it.
+
+        All ranks come here together, and raise together what one of them finds.
+        """
+        stages: list[Stage] = list(self.stages)  # type: ignore[arg-type]
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=self.device.type):
+            found = self._together("forward of the first block", lambda: probe.first_block(stages, micro))
+            known: probe.Found = next(each for each in found if each is not None)
+            self._together("trial of the stages", lambda: probe.try_stages(stages, micro, known, self.device))
+        self._reshard()
+        return known.shape, known.dtype
+
+    def _together(self, operation: str, mine: Callable[[], T]) -> list[T]:
+        """What mine() gives on every rank of the pipeline. An error of one of them is one on all."""
+        result, problem = None, None
+        try:
+            result = mine()
+        except Exception as error:
+            problem = error
+        payload = pickle.dumps((result, None if problem is None else f"{type(problem).__name__}: {problem}"))
+        every = [pickle.loads(one) for one in self._exchange(operation, payload)]
+        if problem is not None:
+            raise problem
+        for rank, (_, text) in zip(dist.get_process_group_ranks(self.group), every, strict=True):
+            if text is not None:
+                raise PeerError(f"{_WHO}: rank {rank} failed in {operation}: {text}", rank, operation)
+        return [value for value, _ in every]
+
+    def _exchange(self, operation: str, payload: bytes, detail: str = "") -> list[bytes]:
+        try:
+            return exchange(_WHO, self.group, operation, payload, detail=detail)
+        except PeerError as error:
+            self._failed = f"{error}"
+            raise
 
     def explain(self) -> str:
         """Which rank has which blocks, and the schedule."""
@@ -364,16 +378,3 @@ class Pipeline(nn.Module):
         for tie in self.ties:
             lines.append(f"  {tie.name} is on ranks {[ranks[r] for r in tie.ranks]}; its gradients are added up")
         return "\n".join(lines)
-
-
-def _signature(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What must be the same on all ranks, and for one Run: shapes and dtypes of tensors, other values as they are."""
-    return tuple(
-        (name, tuple(v.shape), str(v.dtype)) if isinstance(v, Tensor) else (name, repr(v)) for name, v in inputs.items()
-    )
-
-
-def input_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the inputs of a model that can be given by place."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
-    return tuple(p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)

@@ -1,6 +1,6 @@
 """Parameters that several ranks of a pipeline hold, such as an embedding whose weight also makes the logits.
 
-Each copy gets the gradient of its own uses; an Exchange makes all of them the sum, added in the order of the ranks, so
+Each copy gets the gradient of its own uses; Sums makes all of them the sum, added in the order of the ranks, so
 that the copies stay the same bit for bit.
 """
 
@@ -34,7 +34,7 @@ class Tie:
     ranks: list[int]
 
 
-class Exchange:
+class Sums:
     """One step's sums of the gradients of tied parameters. Made on all ranks before the step's first microbatch.
 
     As a context: gradients of tied parameters begin anew inside; on leaving, what they were before is added. What
@@ -43,7 +43,9 @@ class Exchange:
 
     def __init__(self, ties: Sequence[Tie], params: dict[str, nn.Parameter], group: dist.ProcessGroup):
         self.group, self.rank = group, dist.get_rank(group)
-        self.ties = [(tie, params[tie.here], _TAGS + i) for i, tie in enumerate(ties) if tie.here is not None]
+        # Frozen ones are that on all ranks, which have agreed about it.
+        mine = ((tie, params[tie.here], _TAGS + i) for i, tie in enumerate(ties) if tie.here is not None)
+        self.ties = [each for each in mine if each[1].requires_grad]
         self.before: dict[nn.Parameter, Tensor] = {}
         self.expected: dict[str, tuple[dict[int, Tensor], list[dist.Work]]] = {}
         # Backends other than gloo know no tags, and would take the messages of the schedule for these.
@@ -84,7 +86,7 @@ class Exchange:
             work.wait()
         return parts
 
-    def __enter__(self) -> Exchange:
+    def __enter__(self) -> Sums:
         for _, param, _ in self.ties:
             if param.grad is not None:
                 self.before[param] = param.grad

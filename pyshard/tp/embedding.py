@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..placement import TensorShard, set_tensor_shard
+from ..placement import Keeping, TensorShard, set_tensor_shard
 from . import mappings
 from .splits import bounds, split_sizes
 from .vocabulary import check_id_dtype, check_ids
@@ -58,7 +58,7 @@ class _AddUp(torch.autograd.Function):
         return _LookUp.apply(grad, ids, ids), None, None
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Keeping):
     """torch.nn.Embedding with its rows cut over a group: the same values, bit for bit, and the same gradients.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..placement import Piece, TensorShard, set_tensor_shard, tensor_shard
+from ..placement import Keeping, Piece, TensorShard, set_tensor_shard, tensor_shard
 from . import mappings
 from .functional import all_gather_matmul, copied_matmul, matmul_all_reduce, matmul_reduce_scatter
 from .splits import bounds, split_sizes
@@ -26,7 +26,7 @@ class SequenceContext:
     sizes: list[int] | None = None
 
 
-class _ParallelLinear(nn.Module):
+class _ParallelLinear(Keeping):
     """What both layers have in common: a weight of which this rank holds some features, and how it came to be."""
 
     cut_dim: int  # of a weight stored as [out_features, in_features]
