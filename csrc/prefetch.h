@@ -20,24 +20,26 @@ struct TensorLines {
     return offset < 0 ? nullptr : *reinterpret_cast<const char**>(reinterpret_cast<char*>(tensor) + offset);
   }
 
-  // Calls `line` with each address: the Python object, sizes, strides and flags, and where its storage keeps its address.
-  // A parameter also has what autograd keeps of it, where its gradient hangs.
+  static uintptr_t line_of(const char* address) { return reinterpret_cast<uintptr_t>(address) & ~uintptr_t{kLine - 1}; }
+
+  // Calls `line` with an address in each line: of the Python object and, with `memory`, of sizes, strides and flags, and
+  // where its storage keeps its address. A parameter also has what autograd keeps of it, where its gradient hangs.
   template <class F>
-  static void each(PyObject* tensor, bool is_dtensor, bool is_param, const F& line) {
+  static void each(PyObject* tensor, bool memory, bool is_param, const F& line) {
     const auto* object = reinterpret_cast<const char*>(tensor);
     line(object);
-    if (is_dtensor) line(object + kLine);  // of the slots
+    line(object + kField);
     const char* own = impl(tensor);
     if (own == nullptr) return;
-    line(own);
     if (is_param) {
+      line(own + kAutograd);
       line(field(own, kAutograd));
       line(field(own, kAutograd) + kLine);
     }
-    if (is_dtensor) return;
-    line(own + kLine);
-    line(own + 2 * kLine);
+    if (!memory) return;
+    for (int i = 0; i < 4; ++i) line(own + (i < 3 ? i * kLine : kImpl));
     line(field(own, kStorage));
+    line(field(own, kStorage) + kField);
   }
 
   static void ask_impl(PyObject* tensor) {
@@ -55,7 +57,9 @@ struct TensorLines {
   }
 
  private:
-  static constexpr int kStorage = 16, kAutograd = 24, kVersion = 40;  // in a TensorImpl, which has more than 128 bytes
+  static constexpr int kStorage = 16, kAutograd = 24, kVersion = 40;  // in a TensorImpl
+  static constexpr int kImpl = 184;                                   // the last of its bytes that are looked at
+  static constexpr int kField = 24;                                   // likewise of a Python object, and of a storage
 
   static const char* field(const char* own, int offset) { return *reinterpret_cast<const char* const*>(own + offset); }
 

@@ -76,6 +76,9 @@ class Slot {
     return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
   }
 
+  // Where `object` keeps it; of no meaning if there is no slot.
+  const char* address(PyObject* object) const { return reinterpret_cast<const char*>(object) + offset_; }
+
  private:
   PyObject* name_;
   PyTypeObject* type_ = nullptr;  // a class with a slot lives as long as its module; DTensor's as long as torch
@@ -113,7 +116,13 @@ py::object local(PyObject* tensor, bool is_dtensor) {
 // Likewise of an item of the state of a parameter, which may be a DTensor if the parameter is one.
 py::object local_state(PyObject* tensor, PyObject* param, bool is_dtensor) {
   if (!is_dtensor || is_plain(tensor, param)) return py::reinterpret_borrow<py::object>(tensor);
-  return local(tensor, PyObject_HasAttr(tensor, names().local));
+  return local(tensor, slots(param).local.peek(tensor) != nullptr || PyObject_HasAttr(tensor, names().local));
+}
+
+bool is_neg(PyObject* tensor) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names().is_neg));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
 }
 
 void check_deltas(const char* what, const Deltas& deltas, int64_t element_size) {
@@ -300,7 +309,7 @@ bool AdamTable::take_grad(Entry& entry, const py::object& grad, bool sealed) {
   if (sealed && (entry.copied || address != entry.row.grad)) {
     if (overlaps_output(view)) return false;
     // Memory does not show a view that negates; where the gradient is copied, torch sees to it.
-    if (!entry.copied && py::cast<bool>(attribute(shard.ptr(), names().is_neg)())) return false;
+    if (!entry.copied && is_neg(shard.ptr())) return false;
   }
   if (entry.copied && entry.is_dtensor) return true;  // of any placement; Python brings it into the parameter's
   if (!same(view, entry.grad)) return false;
@@ -309,19 +318,21 @@ bool AdamTable::take_grad(Entry& entry, const py::object& grad, bool sealed) {
 }
 
 void AdamTable::find_lines(Entry& entry, PyObject* state) {
-  const auto add = [&](const char* line) { entry.lines.push_back(line); };
+  std::set<uintptr_t> found;
+  const auto add = [&](const char* address) { found.insert(TensorLines::line_of(address)); };
   const auto add_all = [&](PyObject* tensor, bool is_param) {
     const bool is_dtensor = entry.is_dtensor && (is_param || !is_plain(tensor, entry.param));
-    TensorLines::each(tensor, is_dtensor, is_param, add);
-    if (is_dtensor) TensorLines::each(local_state(tensor, entry.param, true).ptr(), false, false, add);
+    if (is_dtensor) add(slots(entry.param).local.address(tensor));
+    TensorLines::each(tensor, !is_dtensor, is_param, add);
+    if (is_dtensor) TensorLines::each(local_state(tensor, entry.param, true).ptr(), true, false, add);
   };
-  entry.lines.clear();
   add_all(entry.param, true);
   for (int i = 0; i < 2; ++i) add(reinterpret_cast<char*>(state) + i * TensorLines::kLine);
   const auto* keys = reinterpret_cast<char*>(reinterpret_cast<PyDictObject*>(state)->ma_keys);
   for (int i = 0; i < 3; ++i) add(keys + i * TensorLines::kLine);
   for (size_t i = 0; i < entry.held_count; ++i) add_all(entry.held[i].object, false);
   add(reinterpret_cast<const char*>(entry.step));
+  entry.lines.assign(found.begin(), found.end());
 }
 
 bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
@@ -345,7 +356,8 @@ bool AdamTable::refresh(const py::list& param_groups, const py::dict& state) {
         return entry_at(i).is_dtensor ? slots(entry_at(i).param).local.peek(grad) : grad;
       };
       if (in(next + kAhead))
-        for (const char* line : entry_at(next + kAhead).lines) TensorLines::ask(line);
+        for (const uintptr_t line : entry_at(next + kAhead).lines)
+          TensorLines::ask(reinterpret_cast<const char*>(line));
       if (const auto i = next + kGrad - 1; in(i)) {
         grad_at(i) = attribute(entry_at(i).param, names().grad);
         TensorLines::ask(reinterpret_cast<const char*>(grad_at(i).ptr()));

@@ -95,9 +95,9 @@ class AdamTable {
     Known weight, grad;  // of a copied entry: not the buffers, but what they are filled from
     std::array<Held, 5> held;
     size_t held_count;
-    py::object placements;           // of a DTensor's gradient
-    py::object spec;                 // its last one, which has these placements
-    std::vector<const char*> lines;  // memory that a look at it touches, but for the gradient's: only prefetched
+    py::object placements;         // of a DTensor's gradient
+    py::object spec;               // its last one, which has these placements
+    std::vector<uintptr_t> lines;  // memory that a look at it touches, but for the gradient's: only prefetched
   };
 
   Known known(const TensorView& view, bool with_strides = true);
