@@ -45,8 +45,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain(name: str) -> str:
-    """A name in an unwrapped model without what torch.compile of its modules puts in."""
-    return name.replace("_orig_mod.", "")
+    """A name in an unwrapped model without what torch.compile and activation checkpointing of its modules put in."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def reshard(model: nn.Module) -> None:
+    """Fully sharded modules have their shards again as parameters, in the place of whole weights.
+
+    A forward without backward leaves those of the outermost ones gathered: plain tensors that no optimizer knows.
+    """
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -94,7 +107,7 @@ def names_of(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
     names: dict[Tensor, str] = {}
     for name, own in unwrapped(model).named_parameters():
         share = pipeline_share(own)
-        names[own] = plain(name) if share is None else share.name
+        names[own] = plain(name if share is None else share.name)
     for index, param in enumerate(params_of(optimizer)):
         if param not in names:
             raise ValueError(
@@ -113,6 +126,7 @@ def to_save(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
 
     Parameter groups have the parameters of this rank's pipeline stages; stages.together() knows all.
     """
+    reshard(model)
     settle(optimizer)
     parts = {name: states.as_whole(param, param) for name, param in cut_params(model).items()}
     saved: dict[str, Any] = {"model": state_of(model) | parts}

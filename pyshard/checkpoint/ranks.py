@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from ..comm import PeerError
 from ..kernels.launch import is_dtensor
 from ..placement import pipeline_share, tensor_shard
-from . import background
+from . import background, naming
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -397,8 +397,9 @@ def ranks_of(who: str, model: nn.Module, opt: Optimizer | None) -> Ranks:
 
     Data-parallel ones are those of the optimizer's process group, and of the meshes of DTensors (with all dimensions
     that these have been cut from); without any all ranks there are. With them come the tensor-parallel ranks and the
-    pipeline's, which parameters tell.
+    pipeline's, which parameters tell: those of fully sharded modules are their shards from here on.
     """
+    naming.reshard(model)
     levels: dict[str, dist.ProcessGroup] = {}
     meshes: set[int] = set()
     roots: set[int] = set()

@@ -38,6 +38,7 @@ class Held(NamedTuple):
 
 def held(model: nn.Module, optimizer: Optimizer | None) -> Held:
     """What this rank has."""
+    naming.reshard(model)
     shares = [share for param in model.parameters() if (share := pipeline_share(param)) is not None]
     stage, stages = (shares[0].group.rank(), shares[0].group.size()) if shares else (0, 1)
     groups, settings = None, []
@@ -48,7 +49,7 @@ def held(model: nn.Module, optimizer: Optimizer | None) -> Held:
             given = group.get("param_names") or [None] * len(group["params"])
             groups.append([(by_param[param], name) for param, name in zip(group["params"], given, strict=True)])
             settings.append({key: word for key, value in group.items() if (word := _word(value)) is not None})
-    copies = {share.name for share in shares if not share.counted}
+    copies = {naming.plain(share.name) for share in shares if not share.counted}
     return Held(stage, stages, list(naming.state_of(model)), groups, copies, settings)
 
 

@@ -65,7 +65,7 @@ def check_lasting(who: str, group: dict[str, Any]) -> None:
             raise ValueError(
                 f"{who}: parameter {index} of the group, of shape {tuple(param.shape)}, is {name} gathered by full "
                 "sharding, a copy that goes; expected its shard, a DTensor. Make the optimizer before the model runs, "
-                "or after model.reshard(), of a pipeline's stages each."
+                "or after reshard() of each FSDPModule in it."
             )
 
 
