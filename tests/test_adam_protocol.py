@@ -763,7 +763,9 @@ def test_weights_written_between_steps(seed: int, dtype: torch.dtype) -> None:
         a[0].grad, b[0].grad = g, g.float()
         optimizer.step(), twin.step()
     if dtype == BF16:
-        torch.testing.assert_close(a[0].detach().float(), b[0].detach(), rtol=2**-7, atol=0)
+        # Half a step of what was written, whose lower half stays, and the rounding of what it has become.
+        bound = 2**-8 * (written.float().abs() + b[0].detach().abs())
+        assert bool(((a[0].detach().float() - b[0].detach()).abs() <= bound).all())
     else:
         assert_same_bits(a[0].detach(), b[0].detach().to(dtype))
 
