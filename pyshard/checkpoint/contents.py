@@ -102,7 +102,8 @@ class Contents:
         for key, value in values.items():
             if isinstance(value, Tensor):
                 stored = self.metadata.state_dict_metadata[key]
-                assert isinstance(stored, TensorStorageMetadata)
+                if not isinstance(stored, TensorStorageMetadata):
+                    raise ValueError(f"{key} is no tensor in the checkpoint; expected one, as it is here.")
                 for offsets, memory in memory_of(key, value):
                     parts += _overlaps(key, stored.chunks, offsets, memory)
             else:
